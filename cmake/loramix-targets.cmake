@@ -59,3 +59,8 @@ target_link_libraries(loramix_openmp INTERFACE loramix_cpu OpenMP::OpenMP_CXX)
 target_link_libraries(loramix_gpu INTERFACE CUDA::cudart CUDA::cublas)
 target_link_libraries(loramix_io INTERFACE nlohmann_json::nlohmann_json)
 target_link_libraries(loramix_bench INTERFACE benchmark::benchmark)
+
+# C++20 for .cu files as well, nothing else. CMake 3.25 knows no cuda_std_20 and nvcc 13 starts at C++17, so it is
+# spelled out, unless the target that links us has chosen C++20 or later itself.
+target_compile_options(loramix_gpu INTERFACE
+  "$<$<AND:$<COMPILE_LANG_AND_ID:CUDA,NVIDIA>,$<NOT:$<IN_LIST:$<TARGET_PROPERTY:CUDA_STANDARD>,20;23;26>>>:-std=c++20>")

@@ -1,0 +1,10 @@
+# Debian's cross compiler and user-mode emulator: apt-get install g++-aarch64-linux-gnu qemu-user.
+# Eigen, doctest and nlohmann/json are header-only, so the host's copies serve; they are linked into a directory of their
+# own because /usr/include itself holds the host's libc.
+set(CMAKE_SYSTEM_NAME Linux)
+set(CMAKE_SYSTEM_PROCESSOR aarch64)
+set(CMAKE_CXX_COMPILER aarch64-linux-gnu-g++)
+set(CMAKE_CROSSCOMPILING_EMULATOR qemu-aarch64 -L /usr/aarch64-linux-gnu)
+set(CMAKE_FIND_ROOT_PATH_MODE_PROGRAM NEVER)
+set(CMAKE_FIND_ROOT_PATH_MODE_LIBRARY ONLY)
+set(CMAKE_FIND_ROOT_PATH /usr/aarch64-linux-gnu)
