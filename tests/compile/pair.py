@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """pair.py NAME.ko.EXT -- COMPILER FLAGS...: NAME.ok.EXT compiles; NAME.ko.EXT fails with the sentence it expects."""
 
+import os
 import pathlib
 import re
 import subprocess
@@ -8,7 +9,7 @@ import sys
 
 
 def compile_one(command, path):
-    done = subprocess.run([*command, str(path)], capture_output=True, text=True)
+    done = subprocess.run([*command, str(path)], capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
     return done.returncode, done.stdout + done.stderr
 
 
