@@ -1,0 +1,66 @@
+/// Row operations (a gate, a softmax, a loss row) are written once against a team of threads that share one row:
+/// one thread on the CPU, a warp or a block on the GPU (gpu/team.cuh).
+///
+///   Team::width        threads in the team, known at compile time
+///   each(n, f)         f(i) for every i in [0, n), each by one thread; all are done when it returns
+///   sum(n, f)          Σ f(i), returned to every thread; a fixed order for a given width
+///   maximum(n, f)      the largest f(i), NaN first, returned to every thread; n ≥ 1
+///   once(f)            f() by one thread; done when it returns
+///
+/// Determinism: results depend on the width, never on scheduling. Widths may differ in the last bits.
+#pragma once
+#include <loramix/core/views.hpp>
+
+namespace loramix {
+inline namespace LORAMIX_ABI {
+
+namespace detail {
+struct AnyValue {
+  LORAMIX_HD float operator()(Index) const { return 0; }
+};
+struct AnyAction {
+  LORAMIX_HD void operator()(Index) const {}
+  LORAMIX_HD void operator()() const {}
+};
+}  // namespace detail
+
+template <class T>
+concept Team = requires(const T& team) {
+  T::width;
+  team.each(Index{1}, detail::AnyAction{});
+  team.sum(Index{1}, detail::AnyValue{});
+  team.maximum(Index{1}, detail::AnyValue{});
+  team.once(detail::AnyAction{});
+};
+
+/// A team of one.
+struct SerialTeam {
+  static constexpr int width = 1;
+
+  template <class F>
+  LORAMIX_HD void each(Index n, const F& f) const {
+    for (Index i = 0; i < n; ++i) f(i);
+  }
+  template <class F>
+  LORAMIX_HD auto sum(Index n, const F& f) const {
+    decltype(f(Index{0}) + f(Index{0})) total{};
+    for (Index i = 0; i < n; ++i) total += f(i);
+    return total;
+  }
+  template <class F>
+  LORAMIX_HD auto maximum(Index n, const F& f) const {
+    auto best = f(Index{0});
+    for (Index i = 1; i < n; ++i) {
+      const auto v = f(i);
+      if (!(v <= best) && best == best) best = v;
+    }
+    return best;
+  }
+  template <class F>
+  LORAMIX_HD void once(const F& f) const {
+    f();
+  }
+};
+
+}  // namespace LORAMIX_ABI
+}  // namespace loramix

@@ -1,0 +1,31 @@
+/// The CPU backend: an executor, nothing else. Views are in host memory; scratch comes from the caller's arena.
+///
+/// Example: lm::cpu::Backend be;                               // the calling thread
+///          lm::cpu::Backend be{pool.executor()};              // lm::ThreadPool
+///          lm::cpu::Backend be{EngineExecutor{engine_pool}};  // the engine's own threads (core/executor.hpp)
+#pragma once
+#include <loramix/core/executor.hpp>
+
+namespace loramix {
+inline namespace LORAMIX_ABI {
+namespace cpu {
+
+template <Executor E = SerialExecutor>
+struct Backend {
+  static constexpr Space space = Space::host;
+  E executor{};
+
+  Index lanes() const { return executor.lanes(); }
+  /// f(job, lane) for every job in [0, n).
+  template <class F>
+  void run(Index n, const F& f) const {
+    if (n > 0) executor.run(n, f);
+  }
+};
+template <class E>
+Backend(E) -> Backend<E>;
+Backend() -> Backend<SerialExecutor>;
+
+}  // namespace cpu
+}  // namespace LORAMIX_ABI
+}  // namespace loramix

@@ -1,0 +1,42 @@
+/// Row operations and token sums on the CPU: a team of one thread, chunks of rows as jobs.
+#pragma once
+#include <loramix/cpu/backend.hpp>
+#include <loramix/ops/column_sum.hpp>
+#include <loramix/ops/rows.hpp>
+
+namespace loramix {
+inline namespace LORAMIX_ABI {
+namespace cpu {
+
+template <class E, class Body>
+Index scratch_impl(const Backend<E>&, const Rows<Body, Space::host>&) {
+  return 0;
+}
+
+template <class E, class Body>
+void execute_impl(const Backend<E>& be, const Rows<Body, Space::host>& op, Arena<>) {
+  constexpr Index chunk = 32;
+  be.run((op.rows + chunk - 1) / chunk, [&op](Index job, Index) {
+    const Index end = (job + 1) * chunk < op.rows ? (job + 1) * chunk : op.rows;
+    for (Index t = job * chunk; t < end; ++t) op.body(SerialTeam{}, t);
+  });
+}
+
+template <class E, class Acc, class Out>
+Index scratch_impl(const Backend<E>&, const ColumnSum<Acc, Out, Space::host>&) {
+  return 0;
+}
+
+template <class E, class Acc, class Out>
+void execute_impl(const Backend<E>& be, const ColumnSum<Acc, Out, Space::host>& op, Arena<>) {
+  constexpr int width = 16;
+  const Index blocks = (op.out.cols + width - 1) / width;
+  be.run(op.out.rows * blocks, [&op, blocks](Index job, Index) {
+    const Index c = job % blocks * width, left = op.out.cols - c;
+    op.template block<width>(job / blocks, c, left < width ? left : width);
+  });
+}
+
+}  // namespace cpu
+}  // namespace LORAMIX_ABI
+}  // namespace loramix

@@ -1,0 +1,65 @@
+/// Sums over tokens, by group.
+///
+/// Computes:    out[g, c] (+)= Σ_{t in group g} values[t, c], t ascending, in chunks of 256 tokens: every chunk is summed
+///              by itself and the chunks are added in order.
+/// Reads:       values [T, C]; groups of T tokens, or one group of all (Groups{} with out of one row).
+/// Writes:      out [groups, C] (Into::set), or adds to it (Into::add).
+/// Errors:      shapes; group ids on the host. A bad id on the device contributes nothing.
+/// Cost:        T·C additions per group that a token could belong to; no scratch.
+/// Determinism: the order above, whatever the threads.
+/// Source:      MATH.md section 6, invariance (dA, dB and gate gradients are sums over tokens: reproducible).
+/// Example:     cpu/product.hpp (gradient of a task gate)
+#pragma once
+#include <loramix/gate/form.hpp>
+#include <loramix/ops/execute.hpp>
+
+namespace loramix {
+inline namespace LORAMIX_ABI {
+
+inline constexpr Index token_chunk = 256;
+
+template <class Acc, class Out, Space S>
+struct ColumnSum {
+  static constexpr const char* name = "column_sum";
+  static constexpr Space space = S;
+  MatrixView<const Acc, S> values;  // [T, C]
+  Groups<S> groups;
+  MatrixView<Out, S> out;  // [groups, C]
+  Into into = Into::add;
+
+  LORAMIX_HD constexpr bool all_in_one() const { return groups.per_token(); }
+
+  void check() const {
+    check::view(name, "values", values);
+    check::shape(name, "out", out, "the number of groups", all_in_one() ? 1 : groups.count, "the columns of values",
+                 values.cols);
+    if (!all_in_one()) loramix::detail::check_groups<Acc>(name, "groups", groups, values.rows, out.rows);
+    check::disjoint(name, "out", out, "values", values);
+  }
+
+  /// Columns [c, c + n) of group g; n ≤ N.
+  template <int N>
+  LORAMIX_HD void block(Index g, Index c, Index n) const {
+    Acc total[N] = {}, chunk[N] = {};
+    const bool segments = groups.offsets != nullptr;
+    const Index begin = segments ? groups.offsets[g] : 0, end = segments ? groups.offsets[g + 1] : values.rows;
+    for (Index t = begin; t < end; ++t) {
+      if (groups.ids == nullptr || groups.ids[t] == g) {
+        for (Index i = 0; i < n; ++i) chunk[i] += values(t, c + i);
+      }
+      if ((t + 1) % token_chunk == 0 || t + 1 == end) {
+        for (Index i = 0; i < n; ++i) {
+          total[i] += chunk[i];
+          chunk[i] = Acc{};
+        }
+      }
+    }
+    for (Index i = 0; i < n; ++i) {
+      Out& cell = out(g, c + i);
+      cell = narrow<Out>(into == Into::add ? widen<Acc>(cell) + total[i] : total[i]);
+    }
+  }
+};
+
+}  // namespace LORAMIX_ABI
+}  // namespace loramix

@@ -1,0 +1,44 @@
+/// How an op reaches a backend.
+///
+/// An op is a small struct of views: what it reads, what it writes. `execute` refuses bad input, then calls
+/// `execute_impl(backend, op, work)`, found by argument-dependent lookup in the backend's namespace;
+/// `scratch_bytes(backend, op)` runs the backend's carving code on a counting arena.
+///
+/// Reads / Writes / Adds to: what the op's own header says.
+/// Errors:      whatever op.check() finds; a workspace that is too small. All before the first write.
+/// Cost:        no allocation, ever; on the GPU no synchronisation.
+/// Determinism: ADR 0005: the same bits for any number of threads; the composed path also for any order of tokens.
+/// Example:     docs/how-to/add-a-kernel.md
+#pragma once
+#include <loramix/core/arena.hpp>
+
+namespace loramix {
+inline namespace LORAMIX_ABI {
+
+namespace detail {
+template <class Backend, class Op>
+concept Implements = requires(const Backend& be, const Op& op, Arena<Op::space> work) {
+  execute_impl(be, op, work);
+  scratch_impl(be, op);
+};
+}  // namespace detail
+
+/// Bytes of workspace that executing `op` takes. Reads sizes only: its views may be null.
+template <class Backend, class Op>
+Index scratch_bytes(const Backend& be, const Op& op) {
+  static_assert(detail::Implements<Backend, Op>,
+                "loramix: this backend has no implementation of this op for these types: include "
+                "<loramix/cpu/cpu.hpp> (host views) or <loramix/gpu/gpu.cuh> (device views) before using it");
+  return scratch_impl(be, op);
+}
+
+/// Checks, then runs.
+template <class Backend, class Op>
+void execute(const Backend& be, const Op& op, Arena<Op::space> work) {
+  op.check();
+  work.require(Op::name, "work", scratch_bytes(be, op));
+  execute_impl(be, op, work);
+}
+
+}  // namespace LORAMIX_ABI
+}  // namespace loramix

@@ -1,0 +1,91 @@
+/// Into rank space: the first stage of the gated product, and its backward.
+///
+/// Computes:    U = X̂ Aᵀ,  H = X sideᵀ,  X̂ = X ∘ keep / (1 − p̄)                                          (forward)
+///              dA (+)= dUᵀ X̂,  dside (+)= dHᵀ X,  dX (+)= (dU A) ∘ keep / (1 − p̄) + dH side             (backward)
+/// Source:      MATH.md section 1; LoRA, Hu et al. 2021, equation 3. Side rows: a router's, which sees X, never X̂.
+/// Reads:       A [R_a, d_in], side [n, d_in] (may be empty), x [T, d_in]; backward also dU [T, R_a], dH [T, n].
+/// Writes:      U [T, R_a] and H [T, n], assigned.
+/// Adds to:     dA [R_a, d_in], dside [n, d_in], dX [T, d_in], or assigns with Into::set. An empty view is not wanted.
+/// Errors:      shape, stride, null, alias, overflow; small workspace.
+/// Cost:        2·T·(R_a + n)·d_in flop forward, twice to three times that backward; one pass over x and one over dX.
+/// Determinism: a row of U, H, dX depends on its own row only; dA, dside sum tokens in a fixed order.
+/// Example:     examples/engine (tensor parallel: shrink, all-reduce, expand)
+#pragma once
+#include <loramix/core/draws.hpp>
+#include <loramix/ops/execute.hpp>
+
+namespace loramix {
+inline namespace LORAMIX_ABI {
+
+template <class X, class W, class Acc, class Score, Space S>
+struct Shrink {
+  static constexpr const char* name = "shrink";
+  static constexpr Space space = S;
+  MatrixView<const W, S> A;     // [R_a, d_in]
+  MatrixView<const W, S> side;  // [n, d_in]
+  MatrixView<const X, S> x;     // [T, d_in]
+  Dropout dropout;
+  MatrixView<Acc, S> u;    // [T, R_a]
+  MatrixView<Score, S> h;  // [T, n]
+
+  void check() const {
+    check::view(name, "A", A);
+    check::view(name, "x", x);
+    check::same(name, "x", "columns", x.cols, "d_in of A", A.cols);
+    if (side.rows != 0) check::shape(name, "side", side, "its rows", side.rows, "d_in of A", A.cols);
+    check::shape(name, "u", u, "the number of tokens", x.rows, "the rows of A", A.rows);
+    if (side.rows != 0) check::shape(name, "h", h, "the number of tokens", x.rows, "the rows of side", side.rows);
+    check::disjoint(name, "u", u, "x", x);
+    check::disjoint(name, "u", u, "A", A);
+    check::disjoint(name, "h", h, "x", x);
+    check::disjoint(name, "h", h, "side", side);
+    check::disjoint(name, "h", h, "u", u);
+  }
+};
+
+template <class X, class W, class Acc, class Score, class G, Space S>
+struct ShrinkBackward {
+  static constexpr const char* name = "shrink_backward";
+  static constexpr Space space = S;
+  MatrixView<const W, S> A;       // [R_a, d_in]
+  MatrixView<const W, S> side;    // [n, d_in]
+  MatrixView<const X, S> x;       // [T, d_in]
+  Dropout dropout;
+  MatrixView<const Acc, S> du;    // [T, R_a]
+  MatrixView<const Score, S> dh;  // [T, n]
+  MatrixView<G, S> dA;            // [R_a, d_in] or empty
+  MatrixView<G, S> dside;         // [n, d_in] or empty
+  MatrixView<X, S> dx;            // [T, d_in] or empty
+  Into parameters = Into::add;
+  Into input = Into::add;
+
+  void check() const {
+    check::view(name, "A", A);
+    check::view(name, "x", x);
+    check::same(name, "x", "columns", x.cols, "d_in of A", A.cols);
+    check::shape(name, "du", du, "the number of tokens", x.rows, "the rows of A", A.rows);
+    if (side.rows != 0) {
+      check::shape(name, "side", side, "its rows", side.rows, "d_in of A", A.cols);
+      check::shape(name, "dh", dh, "the number of tokens", x.rows, "the rows of side", side.rows);
+    }
+    if (dA.data != nullptr) check::shape(name, "dA", dA, "the rows of A", A.rows, "d_in of A", A.cols);
+    if (dside.data != nullptr) check::shape(name, "dside", dside, "the rows of side", side.rows, "d_in", A.cols);
+    if (dx.data != nullptr) check::shape(name, "dx", dx, "the number of tokens", x.rows, "d_in of A", A.cols);
+    const auto written = [this](const char* what, auto view) {
+      check::disjoint(name, what, view, "x", x);
+      check::disjoint(name, what, view, "A", A);
+      check::disjoint(name, what, view, "side", side);
+      check::disjoint(name, what, view, "du", du);
+      check::disjoint(name, what, view, "dh", dh);
+    };
+    written("dx", dx);
+    written("dA", dA);
+    written("dside", dside);
+    check::disjoint(name, "dA", dA, "dside", dside);
+    check::disjoint(name, "dA", dA, "dx", dx);
+    check::disjoint(name, "dside", dside, "dx", dx);
+  }
+};
+
+}  // namespace LORAMIX_ABI
+}  // namespace loramix
