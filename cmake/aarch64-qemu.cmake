@@ -1,6 +1,5 @@
 # Debian's cross compiler and user-mode emulator: apt-get install g++-aarch64-linux-gnu qemu-user.
-# Eigen, doctest and nlohmann/json are header-only, so the host's copies serve; they are linked into a directory of their
-# own because /usr/include itself holds the host's libc.
+# Eigen, doctest and nlohmann/json are header-only, so the host's copies serve.
 set(CMAKE_SYSTEM_NAME Linux)
 set(CMAKE_SYSTEM_PROCESSOR aarch64)
 set(CMAKE_CXX_COMPILER aarch64-linux-gnu-g++)
