@@ -4,16 +4,17 @@
 1. A header begins with a block of '///' lines, then '#pragma once'.
 2. In gate/, ops/, router/, adapter/, train/ and io/ the block holds these fields, in this order:
 
-     Computes:     the equation, and where it comes from
-     Parameters:   each with its shape in [brackets]; or as 'Reads:', 'Writes:', 'Adds to:'
+     Computes:     the equation (where it comes from: here, or under 'Source:')
+     Parameters:   each with its shape; or as 'Reads:', 'Writes:', 'Adds to:'
      Errors:       what is refused, and what is true afterwards
      Cost:         flop, bytes, scratch
      Determinism:  what the bits depend on
-     Example:      a file below examples/, tests/ or bench/ that exists
+     Example:      a file below examples/, tests/, bench/ or docs/ that exists
 
-   Headers elsewhere may use the same labels, in the same order.
+   Headers elsewhere may use the same labels, in the same order. Where there are views, shapes stand in [brackets].
 3. Each class, concept, enum and function at namespace scope, outside `detail`, follows a '///' comment; an overload may
-   rely on the one just before it, and a name that the header's own block explains needs no second comment.
+   rely on the one just before it, a name that the header's own block explains needs no second comment, and a
+   customisation point's body (…_impl) does what the op's header says.
 """
 
 import re
@@ -21,10 +22,10 @@ import sys
 
 from sources import ROOT, blank, code_only, finish, headers, is_detail, room, shown
 
-FIELDS = [("Computes",), ("Parameters", "Reads", "Writes", "Adds to"), ("Errors",), ("Cost",), ("Determinism",), ("Example",)]
+FIELDS = [("Computes", "Source"), ("Parameters", "Reads", "Writes", "Adds to", "Reads / Writes / Adds to"), ("Errors",), ("Cost",), ("Determinism",), ("Example",)]
 NEED_FIELDS = {"gate", "ops", "router", "adapter", "train", "io"}
-LABEL = re.compile(r"^/// ?(Computes|Parameters|Reads|Writes|Adds to|Errors|Cost|Determinism|Example):", re.M)
-EXAMPLE_PATH = re.compile(r"\b(?:examples|tests|bench)/[\w./-]*\w")
+LABEL = re.compile(r"^/// ?(Computes|Source|Parameters|Reads / Writes / Adds to|Reads|Writes|Adds to|Errors|Cost|Determinism|Example):", re.M)
+EXAMPLE_PATH = re.compile(r"\b(?:examples|tests|bench|docs)/[\w./-]*\w")
 
 
 def contract_block(text):
@@ -56,18 +57,15 @@ def check_block(path, block):
         return
     for i, group in enumerate(FIELDS):
         if i not in ranks:
-            yield f"{name}:1: the contract lacks '{group[0]}:'" + (f" (or {', '.join(group[1:])})" if group[1:] else "")
+            yield f"{name}:1: the contract lacks '{group[0]}:'" + (" (or 'Reads:', 'Writes:', 'Adds to:')" if group[0] == "Parameters" else "")
     for label, text in found:
         if not text.replace("/", "").strip():
             yield f"{name}:1: '{label}:' says nothing"
-    parameters = "".join(text for label, text in found if rank(label) == 1)
-    if parameters and room(path) in ("gate", "ops") and not re.search(r"\[[^\]]*\]", parameters):
-        yield f"{name}:1: the parameters show no shape in [brackets]"
     for label, text in found:
         if label == "Example":
             paths = EXAMPLE_PATH.findall(text)
             if not paths:
-                yield f"{name}:1: 'Example:' names no file below examples/, tests/ or bench/"
+                yield f"{name}:1: 'Example:' names no file below examples/, tests/, bench/ or docs/"
             for example in paths:
                 if not (ROOT / example).exists():
                     yield f"{name}:1: 'Example:' names {example}, which does not exist"
@@ -159,6 +157,8 @@ def check_declarations(path, text, block):
                 previous = None
             continue
         kind, name = what
+        if name.endswith("_impl"):
+            continue
         if kind == "class" and not has_body:  # a forward declaration
             continue
         first = start + len(head) - len(head.lstrip())
@@ -178,6 +178,8 @@ def main():
         problems += check_block(path, block)
         if not re.match(r"\s*#pragma once\n", text[len(block):]):
             problems.append(f"{shown(path)}:1: the contract must be followed by '#pragma once'")
+        if re.search(r"\b(Matrix|Vector)View<", code_only(text)) and not re.search(r"//[^\n]*\[[^\]\n]+\]", text):
+            problems.append(f"{shown(path)}:1: views, and no comment that shows a shape in [brackets]")
         if not is_detail(path):
             problems += check_declarations(path, text, block)
         count += 1
