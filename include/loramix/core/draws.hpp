@@ -14,9 +14,8 @@
 namespace loramix {
 inline namespace LORAMIX_ABI {
 
-/// FNV-1a-64 of a name. Modules that read one input get one name, and so one mask.
-constexpr std::uint64_t site(const char* name) {
-  std::uint64_t hash = 0xcbf29ce484222325u;
+/// FNV-1a-64 of a name. Modules that read one input get one name, and so one mask. `hash` continues another name's.
+constexpr std::uint64_t site(const char* name, std::uint64_t hash = 0xcbf29ce484222325u) {
   for (; *name != '\0'; ++name) hash = (hash ^ static_cast<unsigned char>(*name)) * 0x100000001b3u;
   return hash;
 }

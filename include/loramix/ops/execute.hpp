@@ -32,6 +32,15 @@ Index scratch_bytes(const Backend& be, const Op& op) {
   return scratch_impl(be, op);
 }
 
+namespace detail {
+/// Runs an op that has been checked, in a workspace that has been found large enough.
+template <class Backend, class Op>
+void run_checked(const Backend& be, const Op& op, Arena<Op::space> work) {
+  static_assert(Implements<Backend, Op>, "loramix: this backend does not implement this op for these types");
+  execute_impl(be, op, work);
+}
+}  // namespace detail
+
 /// Checks, then runs.
 template <class Backend, class Op>
 void execute(const Backend& be, const Op& op, Arena<Op::space> work) {

@@ -1,0 +1,373 @@
+/// Forward and backward of any adapter that is one gated product, on any backend.
+///
+/// Computes:    y (+)= s ((x̂ Aᵀ) ∘ g) Bᵀ, and all gradients of it (MATH.md section 1): shrink, row, expand.
+/// Reads:       the adapter's parameters, x [T, d_in]; backward also what forward saved and dy [T, d_out].
+/// Adds to:     y [T, d_out]; backward: dx [T, d_in] (or an empty view: not wanted) and the gradient's parameters (or
+///              lm::frozen). Into::set assigns instead and never reads the destination.
+/// Errors:      shape, stride, null, alias, overflow, gate contents on the host, small workspace or reserve: before any
+///              write. Saving with dropout but no key; a second backward; another adapter's or batch's Saved; in debug
+///              builds weights that changed since forward.
+/// Cost:        adapter.cost(T); workspace_bytes and reserve_bytes; no allocation.
+/// Determinism: ADR 0005. Saving, packing and the number of threads never change a bit of y.
+/// Example:     examples/engine, examples/train
+#pragma once
+#include <type_traits>
+#include <utility>
+
+#include <loramix/core/adapter.hpp>
+#include <loramix/gate/softmax.hpp>
+#include <loramix/ops/expand.hpp>
+#include <loramix/ops/shrink.hpp>
+
+namespace loramix {
+inline namespace LORAMIX_ABI {
+
+/// What backward finds again: U as it was, or it is computed a second time (no memory per token, one more shrink).
+enum class Keep { z, recompute };
+
+template <Space S>
+struct ForwardOptions {
+  Arena<S>* save = nullptr;  // the reserve; null: inference
+  Key key = no_draws;        // draws of this call; none: no dropout
+  Keep keep = Keep::z;
+  Into into = Into::add;      // y
+  bool dropout_off = false;  // saving without draws though the adapter has dropout, on purpose
+};
+
+struct BackwardOptions {
+  Into parameters = Into::add;
+  Into input = Into::add;
+};
+
+/// Given instead of a gradient: the parameters are frozen, only dx is wanted.
+struct Frozen {};
+inline constexpr Frozen frozen{};
+
+namespace detail {
+
+struct NoState {};
+
+template <class G>
+struct state_of {
+  using type = NoState;
+};
+template <ComputedGate G>
+struct state_of<G> {
+  using type = typename G::State;
+};
+
+/// The types of an adapter's product.
+template <class A>
+struct ProductOf {
+  static constexpr Space space = A::space;
+  using P = typename A::precision;
+  using X = typename P::activation;
+  using Acc = typename P::accumulation;
+  using Score = typename P::score;
+  using W = typename A::element;
+  using G = typename P::gradient;
+  using Gate = decltype(std::declval<const A&>().gate());
+  using State = typename state_of<Gate>::type;
+  static constexpr Major major = decltype(std::declval<const A&>().B())::major;
+  static constexpr bool computed = ComputedGate<Gate>;
+
+  using ShrinkOp = Shrink<X, W, Acc, Score, space>;
+  using ShrinkBackwardOp = ShrinkBackward<X, W, Acc, Score, G, space>;
+  using ExpandOp = Expand<Acc, W, X, Score, space, major>;
+  using ExpandBackwardOp = ExpandBackward<Acc, W, X, Score, G, space, major>;
+
+  static MatrixView<const W, space> side(const Gate& gate) {
+    if constexpr (computed) return gate.side();
+    else return {};
+  }
+  static GateForm<Score, space> form(const Gate& gate, const State& state, Index tokens, Index ranks) {
+    if constexpr (computed) return gate.form(state, tokens, ranks);
+    else return gate.form(tokens, ranks);
+  }
+};
+
+/// Row bodies of a computed gate.
+template <class Gate, class Score, Space S>
+struct GateForward {
+  Gate gate;
+  MatrixView<const Score, S> h;
+  typename Gate::State state;
+  template <Team Tm>
+  LORAMIX_HD void operator()(const Tm& team, Index t) const {
+    gate.forward_row(team, t, h.row(t), state);
+  }
+};
+template <class Gate, class Score, Space S>
+struct GateBackward {
+  Gate gate;
+  MatrixView<const Score, S> h;
+  typename Gate::State state, dstate;
+  MatrixView<Score, S> dh;
+  template <Team Tm>
+  LORAMIX_HD void operator()(const Tm& team, Index t) const {
+    gate.backward_row(team, t, h.row(t), state, dstate, dh.row(t));
+  }
+};
+/// Row body: out[t, :] = in[t, :], or 0 without an input.
+template <class T, Space S>
+struct CopyRow {
+  MatrixView<const T, S> in;
+  MatrixView<T, S> out;
+  template <Team Tm>
+  LORAMIX_HD void operator()(const Tm& team, Index t) const {
+    team.each(out.cols, [&](Index c) { out(t, c) = in.data == nullptr ? T{} : in(t, c); });
+  }
+};
+
+/// FNV-1a over the parameters' bytes: what debug builds compare.
+template <class A>
+std::uint64_t checksum(const A& adapter) {
+  std::uint64_t hash = 0xcbf29ce484222325u;
+  if constexpr (A::space == Space::host) {
+    const auto flat = adapter.parameters();
+    const auto* bytes = reinterpret_cast<const unsigned char*>(flat.data);
+    for (Index i = 0; i < flat.size * static_cast<Index>(sizeof(*flat.data)); ++i) {
+      hash = (hash ^ bytes[i]) * 0x100000001b3u;
+    }
+  }
+  return hash;
+}
+
+}  // namespace detail
+
+/// What forward leaves for backward: views into the reserve, trivially copyable.
+template <ProductAdapter A>
+struct Saved {
+  using Types = detail::ProductOf<A>;
+  Index tokens = 0;
+  Dropout dropout;
+  MatrixView<typename Types::Acc, A::space> u;     // [T, R_a]; empty with Keep::recompute
+  MatrixView<typename Types::Score, A::space> h;   // [T, n] side rows: a router's logits
+  MatrixView<typename Types::Score, A::space> dh;  // [T, n] their gradient from elsewhere: losses add to it
+  typename Types::State state{};                   // a computed gate's values
+  const void* owner = nullptr;                     // parameters this belongs to
+  std::uint64_t weights = 0;                       // checksum, in debug builds
+  bool live = false;
+};
+
+namespace detail {
+
+/// Cuts what forward leaves from `arena`; `all` false: only what is kept whatever Keep says.
+template <class A>
+Saved<A> carve_saved(Arena<A::space>& arena, const A& adapter, Index tokens, bool with_u, bool with_dh) {
+  using T = ProductOf<A>;
+  Saved<A> saved;
+  saved.tokens = tokens;
+  if (with_u) saved.u = arena.template matrix<typename T::Acc>(tokens, adapter.A().rows);
+  if constexpr (T::computed) {
+    const auto gate = adapter.gate();
+    saved.h = arena.template matrix<typename T::Score>(tokens, gate.side().rows);
+    if (with_dh) saved.dh = arena.template matrix<typename T::Score>(tokens, gate.side().rows);
+    saved.state = gate.carve(arena, tokens);
+  }
+  return saved;
+}
+
+template <class A, class Backend>
+Index stage_bytes(const Backend& be, const A& adapter, Index tokens) {
+  using T = ProductOf<A>;
+  const auto gate = adapter.gate();
+  typename T::ShrinkOp shrink{adapter.A(), T::side(gate), {nullptr, tokens, adapter.A().cols}, {}, {}, {}};
+  shrink.dropout.p16 = 1;  // the larger of the two sizes: a query does not depend on the call's draws
+  const typename T::ExpandOp expand{{nullptr, tokens, adapter.A().rows}, {}, adapter.B(), {},
+                                    {nullptr, tokens, adapter.B().rows}};
+  const Index a = scratch_bytes(be, shrink), b = scratch_bytes(be, expand);
+  return a > b ? a : b;
+}
+
+/// The form of the gate with null values of the right shapes: enough for sizes.
+template <class A>
+auto form_for_sizes(const A& adapter, Index tokens) {
+  using T = ProductOf<A>;
+  const auto gate = adapter.gate();
+  if constexpr (T::computed) {
+    Arena<A::space> counter = Arena<A::space>::counting();
+    return gate.form(gate.carve(counter, tokens), tokens, adapter.B().cols);
+  } else {
+    return gate.form(tokens, adapter.B().cols);
+  }
+}
+
+}  // namespace detail
+
+enum class Pass { forward, backward };
+
+/// Bytes of workspace that any call with at most `tokens` tokens takes.
+template <class Backend, ProductAdapter A>
+Index workspace_bytes(const Backend& be, const A& adapter, Index tokens, Pass pass = Pass::forward) {
+  using T = detail::ProductOf<A>;
+  using Memory = Arena<A::space>;
+  check::at_least("workspace_bytes", "tokens", tokens, 0);
+  const auto gate = adapter.gate();
+  const Index stages = detail::stage_bytes(be, adapter, tokens);
+  if (pass == Pass::forward) {
+    Memory counter = Memory::counting();
+    detail::carve_saved(counter, adapter, tokens, true, false);
+    return Memory::with_alignment(counter.used() + stages);
+  }
+  Memory counter = Memory::counting();
+  const auto u = counter.template matrix<typename T::Acc>(tokens, adapter.A().rows);   // recomputed
+  const auto du = counter.template matrix<typename T::Acc>(tokens, adapter.A().rows);
+  const MatrixView<typename T::Score, A::space> dh{nullptr, tokens, T::side(gate).rows};
+  GateForm<typename T::Score, A::space> form = detail::form_for_sizes(adapter, tokens);
+  form.tokens = tokens;
+  GateGradient<typename T::Score, A::space> dgate;
+  // Address 64 stands for "wanted": carving looks at nothing but that and the sizes.
+  auto* const wanted = reinterpret_cast<typename T::Score*>(std::uintptr_t{64});
+  if (T::Gate::facts.slots & Slots::weights) dgate.weights = {wanted, form.weights.rows, form.weights.cols};
+  if (T::Gate::facts.slots & Slots::id_weights) dgate.id_weights = {wanted, form.ids.rows, form.ids.cols};
+  if (T::Gate::facts.slots & Slots::multiplier) dgate.multiplier = {wanted, form.multiplier.size};
+  if (T::Gate::facts.slots & Slots::rank_scale) dgate.rank_scale = {wanted, form.rank_scale.size};
+  if constexpr (T::computed) gate.carve(counter, tokens);  // dstate
+  const typename T::ExpandBackwardOp expand{u, form, adapter.B(), {}, {nullptr, tokens, adapter.B().rows}, du, {}, dgate};
+  const typename T::ShrinkBackwardOp shrink{adapter.A(), T::side(gate), {nullptr, tokens, adapter.A().cols},
+                                            {},          du,            dh};
+  const Index a = scratch_bytes(be, expand), b = scratch_bytes(be, shrink);
+  const Index backward = a > b ? a : b;
+  return Memory::with_alignment(counter.used() + (backward > stages ? backward : stages));
+}
+
+/// Bytes of reserve that a saving forward with at most `tokens` tokens takes; Keep says per token what it costs.
+template <ProductAdapter A>
+Index reserve_bytes(const A& adapter, Index tokens, Keep keep = Keep::z) {
+  using Memory = Arena<A::space>;
+  Memory counter = Memory::counting();
+  detail::carve_saved(counter, adapter, tokens, keep == Keep::z, true);
+  return Memory::with_alignment(counter.used());
+}
+
+/// y (+)= s ((x̂ Aᵀ) ∘ g) Bᵀ. Returns what backward needs where `options.save` is given.
+template <class Backend, ProductAdapter A>
+Saved<A> forward(const Backend& be, const A& adapter,
+                 MatrixView<const typename A::precision::activation, A::space> x,
+                 MatrixView<typename A::precision::activation, A::space> y, Arena<A::space> work,
+                 ForwardOptions<A::space> options = {}) {
+  using T = detail::ProductOf<A>;
+  const char* const op = "forward";
+  const auto gate = adapter.gate();
+  const Index tokens = x.rows, ranks = adapter.B().cols;
+  const bool save = options.save != nullptr;
+  const Dropout dropout = make_dropout(op, adapter.dropout(), options.key);
+  check::view(op, "x", x);
+  if (save && adapter.dropout() > 0 && !options.key.on && !options.dropout_off) {
+    fail(check::detail::about(ErrorCode::value, op, "key")
+         << " is missing: the adapter has dropout and activations are saved for training; give .key, or say "
+            ".dropout_off = true");
+  }
+
+  Arena<A::space> reserve = save ? *options.save : Arena<A::space>{};
+  const bool keep_u = save && options.keep == Keep::z;
+  const Index kept = save ? reserve_bytes(adapter, tokens, options.keep) - Arena<A::space>::alignment : 0;
+  if (save) reserve.require(op, "save", kept > 0 ? kept : 0);
+  const Index needed = workspace_bytes(be, adapter, tokens) - Arena<A::space>::alignment;
+  work.require(op, "work", needed > 0 ? needed : 0);
+
+  Saved<A> saved = detail::carve_saved(save ? reserve : work, adapter, tokens, save ? keep_u : true, save);
+  const auto u = save && !keep_u ? work.template matrix<typename T::Acc>(tokens, adapter.A().rows) : saved.u;
+  const typename T::ShrinkOp shrink{adapter.A(), T::side(gate), x, dropout, u, saved.h};
+  const typename T::ExpandOp expand{
+      u, T::form(gate, saved.state, tokens, ranks), adapter.B(), typename T::Acc(adapter.scale()), y, options.into};
+  check::disjoint(op, "y", y, "x", x);
+  shrink.check();
+  expand.check();
+
+  detail::run_checked(be, shrink, work);
+  if constexpr (T::computed) {
+    using Body = detail::GateForward<typename T::Gate, typename T::Score, A::space>;
+    for_rows<A::space>(be, tokens, Body{gate, saved.h, saved.state});
+    if (save) for_rows<A::space>(be, tokens, detail::CopyRow<typename T::Score, A::space>{{}, saved.dh});
+  }
+  detail::run_checked(be, expand, work);
+
+  if (!save) return {};
+  *options.save = reserve;
+  saved.dropout = dropout;
+  saved.owner = adapter.parameters().data;
+  if constexpr (detail::debug_checks) saved.weights = detail::checksum(adapter);
+  saved.live = true;
+  return saved;
+}
+
+namespace detail {
+template <class A>
+void check_saved(const A& adapter, const Saved<A>& saved, Index tokens) {
+  const char* const op = "backward";
+  if (!saved.live) {
+    fail(check::detail::about(ErrorCode::state, op, "saved")
+         << " is spent: forward saved nothing, or backward has run before");
+  }
+  if (saved.owner != adapter.parameters().data) {
+    fail(check::detail::about(ErrorCode::state, op, "saved") << " comes from another adapter's forward");
+  }
+  check::same(op, "x", "rows", tokens, "the number of tokens of saved", saved.tokens);
+  if constexpr (debug_checks) {
+    if (saved.weights != checksum(adapter)) {
+      fail(check::detail::about(ErrorCode::state, op, "the adapter") << " changed its weights since forward");
+    }
+  }
+}
+}  // namespace detail
+
+/// All gradients of one forward, once. `grad` is zeros_like(adapter), accumulated into, or lm::frozen.
+template <class Backend, ProductAdapter A, class Gradient>
+void backward(const Backend& be, const A& adapter, Saved<A>& saved,
+              MatrixView<const typename A::precision::activation, A::space> x,
+              MatrixView<const typename A::precision::activation, A::space> dy,
+              MatrixView<typename A::precision::activation, A::space> dx, Gradient& grad, Arena<A::space> work,
+              BackwardOptions options = {}) {
+  using T = detail::ProductOf<A>;
+  constexpr bool trained = !std::is_same_v<std::remove_const_t<Gradient>, Frozen>;
+  static_assert(!trained || std::is_same_v<Gradient, gradient_t<A>>,
+                "loramix: backward's gradient must be lm::zeros_like(adapter) or lm::frozen");
+  const Index tokens = x.rows, ranks = adapter.B().cols;
+  check::view("backward", "x", x);
+  detail::check_saved(adapter, saved, tokens);
+  const Index needed = workspace_bytes(be, adapter, tokens, Pass::backward) - Arena<A::space>::alignment;
+  work.require("backward", "work", needed > 0 ? needed : 0);
+
+  const auto gate = adapter.gate();
+  const auto u = saved.u.data != nullptr || tokens == 0 || adapter.A().rows == 0
+                     ? saved.u
+                     : work.template matrix<typename T::Acc>(tokens, adapter.A().rows);
+  const auto du = work.template matrix<typename T::Acc>(tokens, adapter.A().rows);
+  typename T::State dstate{};
+  typename T::ExpandBackwardOp expand{u,  T::form(gate, saved.state, tokens, ranks), adapter.B(),
+                                      typename T::Acc(adapter.scale()), dy, du, {}, {}, options.parameters};
+  typename T::ShrinkBackwardOp shrink{adapter.A(), T::side(gate), x,  saved.dropout,      du,           saved.dh, {}, {},
+                                      dx,          options.parameters, options.input};
+  if (expand.u.cols == 0) expand.u = {nullptr, tokens, adapter.A().rows};
+  if constexpr (trained) {
+    check::same("backward", "grad", "size", grad.parameters().size, "the adapter's", adapter.parameters().size);
+    shrink.dA = grad.A();
+    expand.dB = grad.B();
+    if constexpr (T::computed) shrink.dside = grad.side();
+    if constexpr (requires { grad.gate_gradient(); }) expand.dgate = grad.gate_gradient();
+  }
+  if constexpr (T::computed) {
+    dstate = gate.carve(work, tokens);
+    expand.dgate = gate.gradient(dstate);
+    expand.gate_values = Into::set;
+  }
+  expand.check();
+  shrink.check();
+
+  if (u.data != saved.u.data) {
+    const typename T::ShrinkOp again{adapter.A(), {}, x, saved.dropout, u, {}};
+    detail::run_checked(be, again, work);
+  }
+  detail::run_checked(be, expand, work);
+  if constexpr (T::computed) {
+    using Body = detail::GateBackward<typename T::Gate, typename T::Score, A::space>;
+    for_rows<A::space>(be, tokens, Body{gate, saved.h, saved.state, dstate, saved.dh});
+  }
+  detail::run_checked(be, shrink, work);
+  saved.live = false;
+}
+
+}  // namespace LORAMIX_ABI
+}  // namespace loramix

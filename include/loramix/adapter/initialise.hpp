@@ -1,0 +1,79 @@
+/// Starting values, drawn from (seed, site, parameter name, row, column): the same on every machine.
+///
+/// Computes:    what the adapter's start() asks for: uniform(−b, b), normal(0, variance), zero, a constant; purpose 3 of
+///              MATH.md section 1, with site = FNV-1a-64 of "<site>.<parameter>".
+/// Writes:      every parameter of a host adapter. Device adapters are copies of host ones (gpu/adapter.cuh).
+/// Errors:      none.
+/// Cost:        one Philox block per 4 values.
+/// Determinism: bit for bit; normals up to the C library's log and cos.
+/// Example:     lm::initialise(lora, {.seed = 7, .site = "layers.0.mlp.up_proj"});
+#pragma once
+#include <cmath>
+
+#include <loramix/core/adapter.hpp>
+#include <loramix/core/draws.hpp>
+
+namespace loramix {
+inline namespace LORAMIX_ABI {
+
+struct InitialiseOptions {
+  std::uint64_t seed = 0;
+  const char* site = "";  // the module's name: modules with different names start differently
+};
+
+/// What an adapter's start() is handed.
+class Fill {
+ public:
+  explicit Fill(const InitialiseOptions& options) : options_(options) {}
+
+  template <class T, Major M>
+  void uniform(const char* name, MatrixView<T, Space::host, M> v, double bound) const {
+    const std::uint64_t key = key_of(name);
+    each(v, [&](Index i, Index j) {
+      return bound * (2 * draw_uniform(key, Purpose::initialisation, static_cast<std::uint64_t>(i), j) - 1);
+    });
+  }
+  template <class T, Major M>
+  void normal(const char* name, MatrixView<T, Space::host, M> v, double variance) const {
+    const std::uint64_t key = key_of(name);
+    each(v, [&](Index i, Index j) {
+      const std::uint64_t row = static_cast<std::uint64_t>(i);
+      const double radius = std::sqrt(-2 * std::log(draw_uniform(key, Purpose::initialisation, row, j / 2 * 2)));
+      const double angle = 6.283185307179586 * draw_uniform(key, Purpose::initialisation, row, j / 2 * 2 + 1);
+      return std::sqrt(variance) * radius * (j % 2 == 0 ? std::cos(angle) : std::sin(angle));
+    });
+  }
+  template <class T, Major M>
+  void constant(MatrixView<T, Space::host, M> v, double value) const {
+    each(v, [&](Index, Index) { return value; });
+  }
+  template <class T, Major M>
+  void zero(MatrixView<T, Space::host, M> v) const {
+    constant(v, 0);
+  }
+
+ private:
+  std::uint64_t key_of(const char* parameter) const {
+    std::uint64_t hash = loramix::site(options_.site);
+    if (options_.site[0] != '\0') hash = loramix::site(".", hash);
+    return philox_key({.seed = options_.seed, .site = loramix::site(parameter, hash)});
+  }
+  template <class T, Major M, class F>
+  static void each(MatrixView<T, Space::host, M> v, const F& value) {
+    for (Index i = 0; i < v.rows; ++i) {
+      for (Index j = 0; j < v.cols; ++j) v(i, j) = narrow<T>(value(i, j));
+    }
+  }
+
+  InitialiseOptions options_;
+};
+
+template <Adapter A>
+  requires(A::space == Space::host)
+void initialise(A& adapter, const InitialiseOptions& options) {
+  Fill fill(options);
+  adapter.start(fill);
+}
+
+}  // namespace LORAMIX_ABI
+}  // namespace loramix
