@@ -1,3 +1,5 @@
-#include <loramix/core/version.hpp>
+#include <loramix/cpu/openmp.hpp>
 
-int main() { return loramix::version_major < 0; }
+#include "add_lora.hpp"
+
+int main() { return add_lora(loramix::cpu::Backend{loramix::OpenMPExecutor{2}}); }

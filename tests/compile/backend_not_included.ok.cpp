@@ -1,0 +1,8 @@
+// The header that implements the op for this backend is included.
+#include <loramix/cpu/cpu.hpp>
+#include <loramix/ops/shrink.hpp>
+
+int main() {
+  const loramix::Shrink<float, float, float, float, loramix::Space::host> shrink{};
+  return static_cast<int>(loramix::scratch_bytes(loramix::cpu::Backend{}, shrink));
+}
