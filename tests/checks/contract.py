@@ -9,7 +9,7 @@
      Errors:       what is refused, and what is true afterwards
      Cost:         flop, bytes, scratch
      Determinism:  what the bits depend on
-     Example:      a file below examples/, tests/, bench/ or docs/ that exists
+     Example:      a file below examples/, tests/, bench/ or docs/ that exists, or code that stands in one that compiles
 
    Headers elsewhere may use the same labels, in the same order. Where there are views, shapes stand in [brackets].
 3. Each class, concept, enum and function at namespace scope, outside `detail`, follows a '///' comment; an overload may
@@ -17,6 +17,7 @@
    customisation point's body (…_impl) does what the op's header says.
 """
 
+import functools
 import re
 import sys
 
@@ -44,6 +45,18 @@ def rank(label):
     return next(i for i, group in enumerate(FIELDS) if label in group)
 
 
+def squeezed(code):
+    """Code without comments, line ends and spaces."""
+    return re.sub(r"\s|\\", "", re.sub(r"//[^\n]*", "", code))
+
+
+@functools.cache
+def compiled():
+    """Everything that is compiled beside the library, squeezed."""
+    files = (p for folder in ("examples", "tests", "bench") for p in sorted((ROOT / folder).rglob("*")))
+    return "\n".join(squeezed(p.read_text()) for p in files if p.suffix in (".cpp", ".cu", ".hpp", ".cuh"))
+
+
 def check_block(path, block):
     name = shown(path)
     if len(re.sub(r"[^\w]", "", block)) < 20:
@@ -64,8 +77,8 @@ def check_block(path, block):
     for label, text in found:
         if label == "Example":
             paths = EXAMPLE_PATH.findall(text)
-            if not paths:
-                yield f"{name}:1: 'Example:' names no file below examples/, tests/, bench/ or docs/"
+            if not paths and not all(squeezed(line) in compiled() for line in text.split("///") if line.strip()):
+                yield f"{name}:1: 'Example:' names no file below examples/, tests/, bench/ or docs/, and its code is in none"
             for example in paths:
                 if not (ROOT / example).exists():
                     yield f"{name}:1: 'Example:' names {example}, which does not exist"
@@ -178,7 +191,8 @@ def main():
         problems += check_block(path, block)
         if not re.match(r"\s*#pragma once\n", text[len(block):]):
             problems.append(f"{shown(path)}:1: the contract must be followed by '#pragma once'")
-        if re.search(r"\b(Matrix|Vector)View<", code_only(text)) and not re.search(r"//[^\n]*\[[^\]\n]+\]", text):
+        views = room(path) in NEED_FIELDS and re.search(r"\b(Matrix|Vector)View<", code_only(text))
+        if views and not re.search(r"//[^\n]*\[[^\]\n]+\]", text):
             problems.append(f"{shown(path)}:1: views, and no comment that shows a shape in [brackets]")
         if not is_detail(path):
             problems += check_declarations(path, text, block)
