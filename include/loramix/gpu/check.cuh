@@ -1,0 +1,33 @@
+/// What CUDA calls return is never dropped.
+///
+/// Errors:  a status other than success becomes an Error (ErrorCode::device) that names the call and the status.
+///          Kernels report what they find wrong with data in gpu::Status instead (gpu/status.cuh).
+/// Example: tests/gpu/buffer.cu
+#pragma once
+#include <cuda_runtime.h>
+
+#include <loramix/core/error.hpp>
+
+namespace loramix {
+inline namespace LORAMIX_ABI {
+namespace gpu {
+
+/// Fails unless `status`, which `call` returned, is success.
+inline void check_cuda(const char* call, cudaError_t status) {
+  if (status == cudaSuccess) return;
+  Error error(ErrorCode::device);
+  fail(error << "loramix: " << call << " failed: " << cudaGetErrorName(status) << ", " << cudaGetErrorString(status));
+}
+
+/// Fails unless the launch of `kernel` just before was accepted. What a kernel does later shows at the next call.
+inline void check_launch(const char* kernel) {
+  const cudaError_t status = cudaGetLastError();
+  if (status == cudaSuccess) return;
+  Error error(ErrorCode::device);
+  fail(error << "loramix: launch of " << kernel << " failed: " << cudaGetErrorName(status) << ", "
+             << cudaGetErrorString(status));
+}
+
+}  // namespace gpu
+}  // namespace LORAMIX_ABI
+}  // namespace loramix
