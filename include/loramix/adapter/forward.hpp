@@ -30,7 +30,7 @@ struct ForwardOptions {
   Arena<S>* save = nullptr;  // the reserve; null: inference
   Key key = no_draws;        // draws of this call; none: no dropout
   Keep keep = Keep::z;
-  Into into = Into::add;      // y
+  Into into = Into::add;     // y
   bool dropout_off = false;  // saving without draws though the adapter has dropout, on purpose
 };
 
@@ -77,12 +77,16 @@ struct ProductOf {
   using ExpandBackwardOp = ExpandBackward<Acc, W, X, Score, G, space, major>;
 
   static MatrixView<const W, space> side(const Gate& gate) {
-    if constexpr (computed) return gate.side();
-    else return {};
+    if constexpr (computed)
+      return gate.side();
+    else
+      return {};
   }
   static GateForm<Score, space> form(const Gate& gate, const State& state, Index tokens, Index ranks) {
-    if constexpr (computed) return gate.form(state, tokens, ranks);
-    else return gate.form(tokens, ranks);
+    if constexpr (computed)
+      return gate.form(state, tokens, ranks);
+    else
+      return gate.form(tokens, ranks);
   }
 };
 
@@ -174,10 +178,16 @@ Index stage_bytes(const Backend& be, const A& adapter, Index tokens) {
   const auto gate = adapter.gate();
   typename T::ShrinkOp shrink{adapter.A(), T::side(gate), {nullptr, tokens, adapter.A().cols}, {}, {}, {}};
   shrink.dropout.p16 = 1;  // the larger of the two sizes: a query does not depend on the call's draws
-  const typename T::ExpandOp expand{{nullptr, tokens, adapter.A().rows}, {}, adapter.B(), {},
-                                    {nullptr, tokens, adapter.B().rows}};
+  const typename T::ExpandOp expand{
+      {nullptr, tokens, adapter.A().rows}, {}, adapter.B(), {}, {nullptr, tokens, adapter.B().rows}};
   const Index a = scratch_bytes(be, shrink), b = scratch_bytes(be, expand);
   return a > b ? a : b;
+}
+
+/// What a size query adds for alignment is not needed inside an arena.
+template <class A>
+Index without_alignment(Index bytes) {
+  return bytes == 0 ? 0 : bytes - Arena<A::space>::alignment;
 }
 
 /// The form of the gate with null values of the right shapes: enough for sizes.
@@ -211,7 +221,7 @@ Index workspace_bytes(const Backend& be, const A& adapter, Index tokens, Pass pa
     return Memory::with_alignment(counter.used() + stages);
   }
   Memory counter = Memory::counting();
-  const auto u = counter.template matrix<typename T::Acc>(tokens, adapter.A().rows);   // recomputed
+  const auto u = counter.template matrix<typename T::Acc>(tokens, adapter.A().rows);  // recomputed
   const auto du = counter.template matrix<typename T::Acc>(tokens, adapter.A().rows);
   const MatrixView<typename T::Score, A::space> dh{nullptr, tokens, T::side(gate).rows};
   GateForm<typename T::Score, A::space> form = detail::form_for_sizes(adapter, tokens);
@@ -224,9 +234,10 @@ Index workspace_bytes(const Backend& be, const A& adapter, Index tokens, Pass pa
   if (T::Gate::facts.slots & Slots::multiplier) dgate.multiplier = {wanted, form.multiplier.size};
   if (T::Gate::facts.slots & Slots::rank_scale) dgate.rank_scale = {wanted, form.rank_scale.size};
   if constexpr (T::computed) gate.carve(counter, tokens);  // dstate
-  const typename T::ExpandBackwardOp expand{u, form, adapter.B(), {}, {nullptr, tokens, adapter.B().rows}, du, {}, dgate};
-  const typename T::ShrinkBackwardOp shrink{adapter.A(), T::side(gate), {nullptr, tokens, adapter.A().cols},
-                                            {},          du,            dh};
+  const typename T::ExpandBackwardOp expand{u,  form, adapter.B(), {}, {nullptr, tokens, adapter.B().rows},
+                                            du, {},   dgate};
+  const typename T::ShrinkBackwardOp shrink{adapter.A(), T::side(gate), {nullptr, tokens, adapter.A().cols}, {}, du,
+                                            dh};
   const Index a = scratch_bytes(be, expand), b = scratch_bytes(be, shrink);
   const Index backward = a > b ? a : b;
   return Memory::with_alignment(counter.used() + (backward > stages ? backward : stages));
@@ -241,38 +252,84 @@ Index reserve_bytes(const A& adapter, Index tokens, Keep keep = Keep::z) {
   return Memory::with_alignment(counter.used());
 }
 
+namespace detail {
+
+/// The checks that every adapter's forward begins with; returns the call's dropout.
+template <class Backend, class A, class X>
+Dropout begin_forward(const Backend& be, const A& adapter, X x, const Arena<A::space>& work,
+                      const ForwardOptions<A::space>& options) {
+  const char* const op = "forward";
+  check::view(op, "x", x);
+  const Dropout dropout = make_dropout(op, adapter.dropout(), options.key);
+  if (options.save != nullptr) {
+    if (adapter.dropout() > 0 && !options.key.on && !options.dropout_off) {
+      fail(check::detail::about(ErrorCode::value, op, "key")
+           << " is missing: the adapter has dropout and activations are saved for training; give .key, or say "
+              ".dropout_off = true");
+    }
+    options.save->require(op, "save", without_alignment<A>(reserve_bytes(adapter, x.rows, options.keep)));
+  }
+  work.require(op, "work", without_alignment<A>(workspace_bytes(be, adapter, x.rows)));
+  return dropout;
+}
+
+template <class A, class Saved>
+void mark_live(const A& adapter, Saved& saved) {
+  saved.owner = adapter.parameters().data;
+  if constexpr (debug_checks) saved.weights = checksum(adapter);
+  saved.live = true;
+}
+
+/// The checks that every adapter's backward begins with.
+template <class Backend, class A, class Saved, class X>
+void begin_backward(const Backend& be, const A& adapter, const Saved& saved, X x, const Arena<A::space>& work) {
+  const char* const op = "backward";
+  check::view(op, "x", x);
+  if (!saved.live) {
+    fail(check::detail::about(ErrorCode::state, op, "saved")
+         << " is spent: forward saved nothing, or backward has run before");
+  }
+  if (saved.owner != adapter.parameters().data) {
+    fail(check::detail::about(ErrorCode::state, op, "saved") << " comes from another adapter's forward");
+  }
+  check::same(op, "x", "rows", x.rows, "the number of tokens of saved", saved.tokens);
+  if constexpr (debug_checks) {
+    if (saved.weights != checksum(adapter)) {
+      fail(check::detail::about(ErrorCode::state, op, "the adapter") << " changed its weights since forward");
+    }
+  }
+  work.require(op, "work", without_alignment<A>(workspace_bytes(be, adapter, x.rows, Pass::backward)));
+}
+
+/// Whether parameters are trained; refuses anything but the adapter's own gradient or lm::frozen.
+template <class A, class Gradient>
+constexpr bool check_gradient_type() {
+  constexpr bool trained = !std::is_same_v<std::remove_const_t<Gradient>, Frozen>;
+  static_assert(!trained || std::is_same_v<Gradient, gradient_t<A>>,
+                "loramix: backward's gradient must be lm::zeros_like(adapter) or lm::frozen");
+  return trained;
+}
+
+}  // namespace detail
+
 /// y (+)= s ((x̂ Aᵀ) ∘ g) Bᵀ. Returns what backward needs where `options.save` is given.
 template <class Backend, ProductAdapter A>
-Saved<A> forward(const Backend& be, const A& adapter,
-                 MatrixView<const typename A::precision::activation, A::space> x,
+Saved<A> forward(const Backend& be, const A& adapter, MatrixView<const typename A::precision::activation, A::space> x,
                  MatrixView<typename A::precision::activation, A::space> y, Arena<A::space> work,
                  ForwardOptions<A::space> options = {}) {
   using T = detail::ProductOf<A>;
-  const char* const op = "forward";
   const auto gate = adapter.gate();
   const Index tokens = x.rows, ranks = adapter.B().cols;
-  const bool save = options.save != nullptr;
-  const Dropout dropout = make_dropout(op, adapter.dropout(), options.key);
-  check::view(op, "x", x);
-  if (save && adapter.dropout() > 0 && !options.key.on && !options.dropout_off) {
-    fail(check::detail::about(ErrorCode::value, op, "key")
-         << " is missing: the adapter has dropout and activations are saved for training; give .key, or say "
-            ".dropout_off = true");
-  }
+  const bool save = options.save != nullptr, keep_u = save && options.keep == Keep::z;
+  const Dropout dropout = detail::begin_forward(be, adapter, x, work, options);
 
   Arena<A::space> reserve = save ? *options.save : Arena<A::space>{};
-  const bool keep_u = save && options.keep == Keep::z;
-  const Index kept = save ? reserve_bytes(adapter, tokens, options.keep) - Arena<A::space>::alignment : 0;
-  if (save) reserve.require(op, "save", kept > 0 ? kept : 0);
-  const Index needed = workspace_bytes(be, adapter, tokens) - Arena<A::space>::alignment;
-  work.require(op, "work", needed > 0 ? needed : 0);
-
   Saved<A> saved = detail::carve_saved(save ? reserve : work, adapter, tokens, save ? keep_u : true, save);
   const auto u = save && !keep_u ? work.template matrix<typename T::Acc>(tokens, adapter.A().rows) : saved.u;
   const typename T::ShrinkOp shrink{adapter.A(), T::side(gate), x, dropout, u, saved.h};
   const typename T::ExpandOp expand{
       u, T::form(gate, saved.state, tokens, ranks), adapter.B(), typename T::Acc(adapter.scale()), y, options.into};
-  check::disjoint(op, "y", y, "x", x);
+  check::disjoint("forward", "y", y, "x", x);
   shrink.check();
   expand.check();
 
@@ -287,31 +344,9 @@ Saved<A> forward(const Backend& be, const A& adapter,
   if (!save) return {};
   *options.save = reserve;
   saved.dropout = dropout;
-  saved.owner = adapter.parameters().data;
-  if constexpr (detail::debug_checks) saved.weights = detail::checksum(adapter);
-  saved.live = true;
+  detail::mark_live(adapter, saved);
   return saved;
 }
-
-namespace detail {
-template <class A>
-void check_saved(const A& adapter, const Saved<A>& saved, Index tokens) {
-  const char* const op = "backward";
-  if (!saved.live) {
-    fail(check::detail::about(ErrorCode::state, op, "saved")
-         << " is spent: forward saved nothing, or backward has run before");
-  }
-  if (saved.owner != adapter.parameters().data) {
-    fail(check::detail::about(ErrorCode::state, op, "saved") << " comes from another adapter's forward");
-  }
-  check::same(op, "x", "rows", tokens, "the number of tokens of saved", saved.tokens);
-  if constexpr (debug_checks) {
-    if (saved.weights != checksum(adapter)) {
-      fail(check::detail::about(ErrorCode::state, op, "the adapter") << " changed its weights since forward");
-    }
-  }
-}
-}  // namespace detail
 
 /// All gradients of one forward, once. `grad` is zeros_like(adapter), accumulated into, or lm::frozen.
 template <class Backend, ProductAdapter A, class Gradient>
@@ -321,26 +356,26 @@ void backward(const Backend& be, const A& adapter, Saved<A>& saved,
               MatrixView<typename A::precision::activation, A::space> dx, Gradient& grad, Arena<A::space> work,
               BackwardOptions options = {}) {
   using T = detail::ProductOf<A>;
-  constexpr bool trained = !std::is_same_v<std::remove_const_t<Gradient>, Frozen>;
-  static_assert(!trained || std::is_same_v<Gradient, gradient_t<A>>,
-                "loramix: backward's gradient must be lm::zeros_like(adapter) or lm::frozen");
+  constexpr bool trained = detail::check_gradient_type<A, Gradient>();
   const Index tokens = x.rows, ranks = adapter.B().cols;
-  check::view("backward", "x", x);
-  detail::check_saved(adapter, saved, tokens);
-  const Index needed = workspace_bytes(be, adapter, tokens, Pass::backward) - Arena<A::space>::alignment;
-  work.require("backward", "work", needed > 0 ? needed : 0);
+  detail::begin_backward(be, adapter, saved, x, work);
 
   const auto gate = adapter.gate();
-  const auto u = saved.u.data != nullptr || tokens == 0 || adapter.A().rows == 0
-                     ? saved.u
-                     : work.template matrix<typename T::Acc>(tokens, adapter.A().rows);
+  const bool recompute = saved.u.data == nullptr;
+  const auto u = recompute ? work.template matrix<typename T::Acc>(tokens, adapter.A().rows) : saved.u;
   const auto du = work.template matrix<typename T::Acc>(tokens, adapter.A().rows);
   typename T::State dstate{};
-  typename T::ExpandBackwardOp expand{u,  T::form(gate, saved.state, tokens, ranks), adapter.B(),
-                                      typename T::Acc(adapter.scale()), dy, du, {}, {}, options.parameters};
-  typename T::ShrinkBackwardOp shrink{adapter.A(), T::side(gate), x,  saved.dropout,      du,           saved.dh, {}, {},
-                                      dx,          options.parameters, options.input};
-  if (expand.u.cols == 0) expand.u = {nullptr, tokens, adapter.A().rows};
+  typename T::ExpandBackwardOp expand{u,
+                                      T::form(gate, saved.state, tokens, ranks),
+                                      adapter.B(),
+                                      typename T::Acc(adapter.scale()),
+                                      dy,
+                                      du,
+                                      {},
+                                      {},
+                                      options.parameters};
+  typename T::ShrinkBackwardOp shrink{adapter.A(),        T::side(gate), x, saved.dropout, du, saved.dh, {}, {}, dx,
+                                      options.parameters, options.input};
   if constexpr (trained) {
     check::same("backward", "grad", "size", grad.parameters().size, "the adapter's", adapter.parameters().size);
     shrink.dA = grad.A();
@@ -356,10 +391,7 @@ void backward(const Backend& be, const A& adapter, Saved<A>& saved,
   expand.check();
   shrink.check();
 
-  if (u.data != saved.u.data) {
-    const typename T::ShrinkOp again{adapter.A(), {}, x, saved.dropout, u, {}};
-    detail::run_checked(be, again, work);
-  }
+  if (recompute) detail::run_checked(be, typename T::ShrinkOp{adapter.A(), {}, x, saved.dropout, u, {}}, work);
   detail::run_checked(be, expand, work);
   if constexpr (T::computed) {
     using Body = detail::GateBackward<typename T::Gate, typename T::Score, A::space>;

@@ -34,6 +34,10 @@ class Arena {
 
   constexpr Arena() = default;
   Arena(void* memory, Index bytes) {
+    check::at_least("arena", "bytes", bytes, 0);
+    if (memory == nullptr && bytes != 0) {
+      fail(check::detail::about(ErrorCode::null, "arena", "memory") << " of " << bytes << " bytes has a null address");
+    }
     const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(memory), aligned = round_up(begin);
     memory_ = static_cast<std::byte*>(memory) + (aligned - begin);
     capacity_ = bytes - static_cast<Index>(aligned - begin);
@@ -54,8 +58,7 @@ class Arena {
   template <class T>
   T* take(Index count) {
     Index bytes;
-    if (count < 0 || __builtin_mul_overflow(count, static_cast<Index>(sizeof(T)), &bytes) ||
-        bytes > INT64_MAX - used_ - alignment) {
+    if (count < 0 || __builtin_mul_overflow(count, static_cast<Index>(sizeof(T)), &bytes) || used_ > most - bytes) {
       fail(check::detail::about(ErrorCode::overflow, "arena", "request") << " of " << count << " elements overflows");
     }
     bytes = static_cast<Index>(round_up(static_cast<std::uintptr_t>(bytes)));
@@ -66,8 +69,12 @@ class Arena {
   }
   template <class T>
   MatrixView<T, S> matrix(Index rows, Index cols) {
-    const Index elements = check::detail::product(rows, cols);
-    return {take<T>(rows < 0 || cols < 0 ? -1 : elements), rows, cols};
+    const Index elements = rows < 0 || cols < 0 ? -1 : check::detail::product(rows, cols);
+    if (elements < 0) {
+      fail(check::detail::about(ErrorCode::overflow, "arena", "request")
+           << " of [" << rows << ", " << cols << "] elements overflows");
+    }
+    return {take<T>(elements), rows, cols};
   }
   template <class T>
   VectorView<T, S> vector(Index size) {
@@ -89,6 +96,9 @@ class Arena {
   static constexpr Index with_alignment(Index bytes) { return bytes == 0 ? 0 : bytes + alignment; }
 
  private:
+  /// The largest sum of requests: rounding it up and adding an alignment still fits.
+  static constexpr Index most = INT64_MAX - 2 * alignment;
+
   static constexpr std::uintptr_t round_up(std::uintptr_t v) {
     return (v + (alignment - 1)) & ~static_cast<std::uintptr_t>(alignment - 1);
   }

@@ -74,8 +74,8 @@ void view(const char* op, const char* argument, MatrixView<T, S, M> v) {
     fail(detail::about(ErrorCode::shape, op, argument) << " has negative size [" << v.rows << ", " << v.cols << "]");
   }
   if (outer > 1 && v.stride < inner) {
-    fail(detail::about(ErrorCode::stride, op, argument)
-         << " has stride " << v.stride << ", shorter than its " << (M == Major::row ? "row of " : "column of ") << inner);
+    fail(detail::about(ErrorCode::stride, op, argument) << " has stride " << v.stride << ", shorter than its "
+                                                        << (M == Major::row ? "row of " : "column of ") << inner);
   }
   const Index wide = v.stride > inner ? v.stride : inner;
   const Index elements = detail::product(outer, wide);
@@ -108,9 +108,8 @@ template <class T, Space S, Major M, class U, Major N>
 void disjoint(const char* op, const char* a_name, MatrixView<T, S, M> a, const char* b_name, MatrixView<U, S, N> b) {
   if (a.empty() || b.empty()) return;
   if (!detail::overlap(detail::strided(a), detail::strided(b))) return;
-  fail(detail::about(ErrorCode::alias, op, a_name)
-       << " [" << a.rows << ", " << a.cols << "] shares memory with " << b_name << " [" << b.rows << ", " << b.cols
-       << "]");
+  fail(detail::about(ErrorCode::alias, op, a_name) << " [" << a.rows << ", " << a.cols << "] shares memory with "
+                                                   << b_name << " [" << b.rows << ", " << b.cols << "]");
 }
 
 }  // namespace check

@@ -32,9 +32,9 @@
 #define LORAMIX_DETAIL_4(i, a, b, c, d) i##_sm##a##_##b##_##c##_##d
 #define LORAMIX_DETAIL_5(i, a, b, c, d, ...) i##_sm##a##_##b##_##c##_##d##_more
 #define LORAMIX_DETAIL_PICK(i, a, b, c, d, e, f, g, h, name, ...) name
-#define LORAMIX_DETAIL_NAME(...)                                                                                \
-  LORAMIX_DETAIL_PICK(__VA_ARGS__, LORAMIX_DETAIL_5, LORAMIX_DETAIL_5, LORAMIX_DETAIL_5, LORAMIX_DETAIL_5,      \
-                      LORAMIX_DETAIL_4, LORAMIX_DETAIL_3, LORAMIX_DETAIL_2, LORAMIX_DETAIL_1, )                 \
+#define LORAMIX_DETAIL_NAME(...)                                                                           \
+  LORAMIX_DETAIL_PICK(__VA_ARGS__, LORAMIX_DETAIL_5, LORAMIX_DETAIL_5, LORAMIX_DETAIL_5, LORAMIX_DETAIL_5, \
+                      LORAMIX_DETAIL_4, LORAMIX_DETAIL_3, LORAMIX_DETAIL_2, LORAMIX_DETAIL_1, )            \
   (__VA_ARGS__)
 #define LORAMIX_DETAIL_EXPAND(...) LORAMIX_DETAIL_NAME(__VA_ARGS__)
 #define LORAMIX_ABI LORAMIX_DETAIL_EXPAND(LORAMIX_DETAIL_ISA, __CUDA_ARCH_LIST__)

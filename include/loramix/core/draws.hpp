@@ -105,10 +105,11 @@ struct Dropout {
 
 /// round(65536 p), refusing p outside [0, 1) and p that rounds to 1.
 inline std::uint32_t dropout_p16(const char* op, double p) {
-  if (!(p >= 0.0 && p < 1.0) || p * 65536.0 + 0.5 >= 65536.0) {
+  if (!(p >= 0.0 && p < 1.0) || p * 65536.0 >= 65535.5) {
     fail(check::detail::about(ErrorCode::value, op, "dropout") << " must be in [0, 1) and below 65535.5/65536");
   }
-  return static_cast<std::uint32_t>(p * 65536.0 + 0.5);
+  const std::uint32_t floor = static_cast<std::uint32_t>(p * 65536.0);
+  return floor + (p * 65536.0 - floor >= 0.5 ? 1 : 0);
 }
 
 inline Dropout make_dropout(const char* op, double p, const Key& key) {

@@ -69,8 +69,16 @@ template <class T, Space S = Space::host, Major M = Major::row>
 class Matrix {
  public:
   Matrix() = default;
-  Matrix(Index rows, Index cols)
-      : buffer_(rows < 0 || cols < 0 ? Index{-1} : check::detail::product(rows, cols)), rows_(rows), cols_(cols) {}
+  Matrix(Index rows, Index cols) : buffer_(elements(rows, cols)), rows_(rows), cols_(cols) {}
+  Matrix(const Matrix&) = default;
+  Matrix(Matrix&& other) noexcept
+      : buffer_(std::move(other.buffer_)), rows_(std::exchange(other.rows_, 0)), cols_(std::exchange(other.cols_, 0)) {}
+  Matrix& operator=(Matrix other) noexcept {
+    std::swap(buffer_, other.buffer_);
+    std::swap(rows_, other.rows_);
+    std::swap(cols_, other.cols_);
+    return *this;
+  }
 
   Index rows() const { return rows_; }
   Index cols() const { return cols_; }
@@ -80,18 +88,20 @@ class Matrix {
   MatrixView<const T, S, M> view() const { return {buffer_.data(), rows_, cols_}; }
   operator MatrixView<T, S, M>() { return view(); }
   operator MatrixView<const T, S, M>() const { return view(); }
-  T& operator()(Index i, Index j)
-    requires(S == Space::host)
-  {
-    return view()(i, j);
-  }
-  const T& operator()(Index i, Index j) const
-    requires(S == Space::host)
-  {
-    return view()(i, j);
-  }
+  T& operator()(Index i, Index j) requires(S == Space::host) { return view()(i, j); }
+  const T& operator()(Index i, Index j) const requires(S == Space::host) { return view()(i, j); }
 
  private:
+  static Index elements(Index rows, Index cols) {
+    const bool negative = rows < 0 || cols < 0;
+    const Index n = negative ? -1 : check::detail::product(rows, cols);
+    if (n < 0) {
+      fail(check::detail::about(negative ? ErrorCode::shape : ErrorCode::overflow, "Matrix", "size")
+           << " [" << rows << ", " << cols << "] is " << (negative ? "negative" : "too large"));
+    }
+    return n;
+  }
+
   Buffer<T, S> buffer_;
   Index rows_ = 0, cols_ = 0;
 };

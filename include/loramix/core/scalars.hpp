@@ -93,9 +93,12 @@ LORAMIX_HD inline To narrow(From v) {
   if constexpr (std::is_same_v<To, From>) {
     return v;
   } else if constexpr (is_16bit<To>) {
-    if constexpr (is_16bit<From>) return detail::round_to(detail::to_float(v), To{});
-    else if constexpr (std::is_same_v<From, double>) return detail::round_to(detail::round_to_odd(v), To{});
-    else return detail::round_to(static_cast<float>(v), To{});
+    if constexpr (is_16bit<From>)
+      return detail::round_to(detail::to_float(v), To{});
+    else if constexpr (std::is_same_v<From, double>)
+      return detail::round_to(detail::round_to_odd(v), To{});
+    else
+      return detail::round_to(static_cast<float>(v), To{});
   } else if constexpr (is_16bit<From>) {
     return static_cast<To>(detail::to_float(v));
   } else {

@@ -38,7 +38,8 @@ class ThreadPool {
     Index lanes() const { return static_cast<Index>(pool_->threads_.size()) + 1; }
     template <class Job>
     void run(Index jobs, const Job& job) const {
-      pool_->run(jobs, [](const void* f, Index i, Index lane) { (*static_cast<const Job*>(f))(i, lane); }, &job);
+      pool_->run(
+          jobs, [](const void* f, Index i, Index lane) { (*static_cast<const Job*>(f))(i, lane); }, &job);
     }
 
    private:

@@ -29,12 +29,14 @@ struct VectorView {
   constexpr VectorView() = default;
   LORAMIX_HD constexpr VectorView(T* data_, Index size_) : data(data_), size(size_) {}
   template <class U>
-    requires std::is_same_v<T, const U>
-  LORAMIX_HD constexpr VectorView(VectorView<U, S> other) : data(other.data), size(other.size) {}
+  requires std::is_same_v<T, const U> LORAMIX_HD constexpr VectorView(VectorView<U, S> other)
+      : data(other.data), size(other.size) {}
 
   LORAMIX_HD constexpr T& operator[](Index i) const { return data[i]; }
   LORAMIX_HD constexpr bool empty() const { return size == 0; }
-  LORAMIX_HD constexpr VectorView part(Index begin, Index count) const { return {data + begin, count}; }
+  LORAMIX_HD constexpr VectorView part(Index begin, Index count) const {
+    return {data == nullptr ? nullptr : data + begin, count};
+  }
 };
 
 template <class T, Space S = Space::host, Major M = Major::row>
@@ -54,26 +56,22 @@ struct MatrixView {
   LORAMIX_HD constexpr MatrixView(T* data_, Index rows_, Index cols_, Index stride_)
       : data(data_), rows(rows_), cols(cols_), stride(stride_) {}
   template <class U>
-    requires std::is_same_v<T, const U>
-  LORAMIX_HD constexpr MatrixView(MatrixView<U, S, M> other)
+  requires std::is_same_v<T, const U> LORAMIX_HD constexpr MatrixView(MatrixView<U, S, M> other)
       : MatrixView(other.data, other.rows, other.cols, other.stride) {}
 
   LORAMIX_HD constexpr T& operator()(Index i, Index j) const {
     return M == Major::row ? data[i * stride + j] : data[j * stride + i];
   }
   LORAMIX_HD constexpr bool empty() const { return rows == 0 || cols == 0; }
-  LORAMIX_HD constexpr T* row(Index i) const
-    requires(M == Major::row)
-  {
-    return data + i * stride;
-  }
+  LORAMIX_HD constexpr T* row(Index i) const requires(M == Major::row) { return data + i * stride; }
   LORAMIX_HD constexpr MatrixView block(Index row, Index row_count, Index col, Index col_count) const {
-    return {data == nullptr ? nullptr : &(*this)(row, col), row_count, col_count, stride};
+    const Index offset = M == Major::row ? row * stride + col : col * stride + row;
+    return {data == nullptr ? nullptr : data + offset, row_count, col_count, stride};
   }
   LORAMIX_HD constexpr MatrixView row_range(Index begin, Index count) const { return block(begin, count, 0, cols); }
   LORAMIX_HD constexpr MatrixView col_range(Index begin, Index count) const { return block(0, rows, begin, count); }
   LORAMIX_HD constexpr auto transposed() const {
-    return MatrixView<T, S, M == Major::row ? Major::column : Major::row>(data, cols, rows, stride);
+    return MatrixView < T, S, M == Major::row ? Major::column : Major::row > (data, cols, rows, stride);
   }
 };
 

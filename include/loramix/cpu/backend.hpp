@@ -24,7 +24,7 @@ struct Backend {
 };
 template <class E>
 Backend(E) -> Backend<E>;
-Backend() -> Backend<SerialExecutor>;
+Backend()->Backend<SerialExecutor>;
 
 }  // namespace cpu
 }  // namespace LORAMIX_ABI

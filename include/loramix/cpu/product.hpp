@@ -16,10 +16,10 @@ inline namespace LORAMIX_ABI {
 namespace cpu {
 namespace detail {
 
-inline constexpr Index tile_rows = 64;      // tokens of one product
-inline constexpr Index tile_cols = 256;     // columns of x or y beside them
-inline constexpr Index rank_block = 64;     // ranks of one block of dA, dB
-inline constexpr Index tiles_per_job = 8;   // tiles that share one widened block of weights
+inline constexpr Index tile_rows = 64;     // tokens of one product
+inline constexpr Index tile_cols = 256;    // columns of x or y beside them
+inline constexpr Index rank_block = 64;    // ranks of one block of dA, dB
+inline constexpr Index tiles_per_job = 8;  // tiles that share one widened block of weights
 
 constexpr Index blocks_of(Index n, Index block) { return (n + block - 1) / block; }
 constexpr Index smaller(Index a, Index b) { return a < b ? a : b; }
@@ -27,22 +27,24 @@ constexpr Index smaller(Index a, Index b) { return a < b ? a : b; }
 /// One lane's scratch: products of [tile_rows, …] and everything around them.
 template <class Acc>
 struct Lane {
-  Acc* tile;      // [tile_rows, tile_cols] of x̂ or dy, widened
-  Acc* plain;     // the same of x without dropout, for side rows
-  Acc* weights;   // a block of A, side or B, widened; null where the weights are Acc already
-  Acc* result;    // what a product adds to
-  Acc* rows;      // [tile_rows, …] padded copies of du, dh
-  Acc* packing;   // Eigen's
+  Acc* tile;     // [tile_rows, tile_cols] of x̂ or dy, widened
+  Acc* plain;    // the same of x without dropout, for side rows
+  Acc* weights;  // a block of A, side or B, widened; null where the weights are Acc already
+  Acc* result;   // what a product adds to
+  Acc* rows;     // [tile_rows, …] padded copies of du, dh
+  Acc* packing;  // Eigen's
 
   struct Sizes {
     Index plain = 0, weights = 0, result = 0, rows = 0;
-    Index total() const {
-      return tile_rows * tile_cols + plain + weights + result + rows + GemmScratch<Acc>::elements;
-    }
+    Index total() const { return tile_rows * tile_cols + plain + weights + result + rows + GemmScratch<Acc>::elements; }
   };
   Lane(Acc* memory, Sizes s)
-      : tile(memory), plain(tile + tile_rows * tile_cols), weights(plain + s.plain), result(weights + s.weights),
-        rows(result + s.result), packing(rows + s.rows) {}
+      : tile(memory),
+        plain(tile + tile_rows * tile_cols),
+        weights(plain + s.plain),
+        result(weights + s.weights),
+        rows(result + s.result),
+        packing(rows + s.rows) {}
 };
 
 /// Scratch of all lanes.
@@ -152,12 +154,20 @@ void token_product(const Lane<Acc>& lane, MatrixView<const Acc> left, Index toke
 
 }  // namespace detail
 
+/// What explain() prints.
+template <class E>
+PathFacts path_of(const Backend<E>&) {
+  return {"cpu composed (Eigen product, gate, Eigen product)", "the path of every scalar, gate and size",
+          detail::tile_rows};
+}
+
 // ---- shrink -------------------------------------------------------------------------------------------------------
 
 namespace detail {
 template <class E, class X, class W, class Acc, class Score>
 Lanes<Acc> carve(Arena<>& arena, const Backend<E>& be, const Shrink<X, W, Acc, Score, Space::host>& op) {
-  return {arena, be.lanes(),
+  return {arena,
+          be.lanes(),
           {.plain = op.side.rows != 0 && op.dropout.on() ? tile_rows * tile_cols : 0,
            .weights = widened<W, Acc> * tile_cols * tile_cols,
            .result = tile_rows * (op.A.rows + op.side.rows)}};
@@ -208,10 +218,9 @@ template <class E, class X, class W, class Acc, class Score, class G>
 ShrinkBackwardScratch<Acc> carve(Arena<>& arena, const Backend<E>& be,
                                  const ShrinkBackward<X, W, Acc, Score, G, Space::host>& op) {
   const Index rows = op.A.rows > op.side.rows ? op.A.rows : op.side.rows;
-  Lanes<Acc> lanes(arena, be.lanes(),
-                   {.weights = widened<W, Acc> * rows * tile_cols,
-                    .result = rank_block * tile_cols,
-                    .rows = tile_rows * rows});
+  Lanes<Acc> lanes(
+      arena, be.lanes(),
+      {.weights = widened<W, Acc> * rows * tile_cols, .result = rank_block * tile_cols, .rows = tile_rows * rows});
   return {lanes, arena.matrix<Acc>(op.side.rows != 0 ? op.x.rows : 0, op.side.rows)};
 }
 }  // namespace detail
@@ -279,8 +288,7 @@ struct ExpandScratch {
   MatrixView<Acc> gated;  // [T rounded up to whole tiles, R]
 };
 template <class E, class Acc, class W, class Y, class Score, Major M>
-ExpandScratch<Acc> carve(Arena<>& arena, const Backend<E>& be,
-                         const Expand<Acc, W, Y, Score, Space::host, M>& op) {
+ExpandScratch<Acc> carve(Arena<>& arena, const Backend<E>& be, const Expand<Acc, W, Y, Score, Space::host, M>& op) {
   Lanes<Acc> lanes(arena, be.lanes(), {.weights = widened<W, Acc> * op.B.cols * tile_cols});
   return {lanes, arena.matrix<Acc>(blocks_of(op.u.rows, tile_rows) * tile_rows, op.B.cols)};
 }

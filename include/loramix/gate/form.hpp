@@ -56,9 +56,9 @@ struct StatusFlags {
 
 template <class Score, Space S = Space::host>
 struct GateForm {
-  Index tokens = 0;   // T
-  Index ranks = 0;    // R
-  Index experts = 1;  // E
+  Index tokens = 0;                     // T
+  Index ranks = 0;                      // R
+  Index experts = 1;                    // E
   const Index* rank_offsets = nullptr;  // [E+1] for mixed ranks; null: every expert has R / E
   StatusFlags* status = nullptr;        // device only
 
@@ -74,7 +74,7 @@ struct GateForm {
   MatrixView<const Score, S> id_weights;  // [groups, k] beside ids
   MatrixView<const Score, S> weights;     // [groups, E]
   Groups<S> weight_groups;
-  MatrixView<const Score, S> values;     // [T, R]
+  MatrixView<const Score, S> values;      // [T, R]
   VectorView<const Score, S> multiplier;  // [groups]
   Groups<S> multiplier_groups;
   VectorView<const Score, S> rank_scale;  // [R]
@@ -186,9 +186,8 @@ void check_groups(const char* op, const char* slot, const Groups<S>& groups, Ind
     }
     for (Index t = 0; groups.ids != nullptr && t < tokens; ++t) {
       if (groups.ids[t] < -1 || groups.ids[t] >= groups.count) {
-        fail(check::detail::about(ErrorCode::value, op, slot)
-             << " has group id " << groups.ids[t] << " for token " << t << ", but there are " << groups.count
-             << " groups");
+        fail(check::detail::about(ErrorCode::value, op, slot) << " has group id " << groups.ids[t] << " for token " << t
+                                                              << ", but there are " << groups.count << " groups");
       }
     }
   }
@@ -250,7 +249,8 @@ void check_form(const char* op, const GateForm<Score, S>& form, Index tokens, In
     detail::check_groups<Score>(op, "gate prefix", form.prefix_groups, tokens, form.prefix.size);
   }
   if (form.subset.data != nullptr) {
-    check::shape(op, "gate subset", form.subset, "the number of groups", form.subset.rows, "the number of ranks", ranks);
+    check::shape(op, "gate subset", form.subset, "the number of groups", form.subset.rows, "the number of ranks",
+                 ranks);
     detail::check_groups<Score>(op, "gate subset", form.subset_groups, tokens, form.subset.rows);
   }
   if (form.weights.data != nullptr) {
@@ -282,8 +282,7 @@ void check_gradient(const char* op, const GateForm<Score, S>& form, const GateGr
     check::same(op, "gate gradient multiplier", "size", gradient.multiplier.size, "the factor's", form.multiplier.size);
   }
   if (gradient.rank_scale.data != nullptr) {
-    check::same(op, "gate gradient rank_scale", "size", gradient.rank_scale.size, "the factor's",
-                form.rank_scale.size);
+    check::same(op, "gate gradient rank_scale", "size", gradient.rank_scale.size, "the factor's", form.rank_scale.size);
   }
 }
 

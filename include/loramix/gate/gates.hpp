@@ -33,8 +33,17 @@ enum class Sparsity { dense, k_blocks, segments };
 
 /// The slots of the normal form, as bits.
 struct Slots {
-  enum : unsigned { none = 0, ids = 1, id_weights = 2, prefix = 4, subset = 8, weights = 16, values = 32,
-                    multiplier = 64, rank_scale = 128 };
+  enum : unsigned {
+    none = 0,
+    ids = 1,
+    id_weights = 2,
+    prefix = 4,
+    subset = 8,
+    weights = 16,
+    values = 32,
+    multiplier = 64,
+    rank_scale = 128
+  };
 };
 
 struct GateFacts {
@@ -222,8 +231,9 @@ constexpr Sparsity sparsest(Sparsities... all) {
 /// g = Π g_i. Each factor fills slots of its own.
 template <GivenGate First, GivenGate... Rest>
 struct GateProduct {
-  static_assert(detail::slots_are_distinct(First::facts.slots, Rest::facts.slots...),
-                "loramix: two factors of this GateProduct fill the same slot of the normal form; multiply them into one");
+  static_assert(
+      detail::slots_are_distinct(First::facts.slots, Rest::facts.slots...),
+      "loramix: two factors of this GateProduct fill the same slot of the normal form; multiply them into one");
   static constexpr GateFacts facts{detail::sparsest(First::facts.sparsity, Rest::facts.sparsity...),
                                    (First::facts.slots | ... | Rest::facts.slots),
                                    (First::facts.token_invariant && ... && Rest::facts.token_invariant)};
@@ -254,8 +264,8 @@ struct GateProduct {
   }
 
   First first_;
-  [[no_unique_address]] typename std::conditional_t<sizeof...(Rest) == 0, std::type_identity<Nothing>,
-                                                    RestOf<Rest...>>::type rest_;
+  [[no_unique_address]]
+  typename std::conditional_t<sizeof...(Rest) == 0, std::type_identity<Nothing>, RestOf<Rest...>>::type rest_;
 };
 
 }  // namespace LORAMIX_ABI

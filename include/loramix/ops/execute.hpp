@@ -23,6 +23,13 @@ concept Implements = requires(const Backend& be, const Op& op, Arena<Op::space> 
 };
 }  // namespace detail
 
+/// What a backend says of itself; backends give `path_of(backend)`, found by argument-dependent lookup.
+struct PathFacts {
+  const char* path;
+  const char* why;
+  Index tile_tokens;
+};
+
 /// Bytes of workspace that executing `op` takes. Reads sizes only: its views may be null.
 template <class Backend, class Op>
 Index scratch_bytes(const Backend& be, const Op& op) {

@@ -162,13 +162,19 @@ void sum_contributions(const Backend& be, const GateForm<Score, S>& gate, const 
     if (out.data == nullptr || out.empty()) return;
     execute_impl(be, Rows<StoreRow<Acc, Score, S>, S>{gate.tokens, {tokens, out, values}}, Arena<S>{});
   };
-  if (gate.id_groups.per_token()) each_own(from.id_weights, into.id_weights);
-  else add(from.id_weights, gate.id_groups, into.id_weights, values);
-  if (gate.weight_groups.per_token()) each_own(from.weights, into.weights);
-  else add(from.weights, gate.weight_groups, into.weights, values);
+  if (gate.id_groups.per_token())
+    each_own(from.id_weights, into.id_weights);
+  else
+    add(from.id_weights, gate.id_groups, into.id_weights, values);
+  if (gate.weight_groups.per_token())
+    each_own(from.weights, into.weights);
+  else
+    add(from.weights, gate.weight_groups, into.weights, values);
   const MatrixView<Score, S> multiplier_column{into.multiplier.data, into.multiplier.size, 1, 1};
-  if (gate.multiplier_groups.per_token()) each_own(from.multiplier, multiplier_column);
-  else add(from.multiplier, gate.multiplier_groups, multiplier_column, values);
+  if (gate.multiplier_groups.per_token())
+    each_own(from.multiplier, multiplier_column);
+  else
+    add(from.multiplier, gate.multiplier_groups, multiplier_column, values);
   add(from.rank_scale, Groups<S>{}, MatrixView<Score, S>{into.rank_scale.data, 1, into.rank_scale.size}, parameters);
 }
 

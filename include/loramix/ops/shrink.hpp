@@ -47,9 +47,9 @@ template <class X, class W, class Acc, class Score, class G, Space S>
 struct ShrinkBackward {
   static constexpr const char* name = "shrink_backward";
   static constexpr Space space = S;
-  MatrixView<const W, S> A;       // [R_a, d_in]
-  MatrixView<const W, S> side;    // [n, d_in]
-  MatrixView<const X, S> x;       // [T, d_in]
+  MatrixView<const W, S> A;     // [R_a, d_in]
+  MatrixView<const W, S> side;  // [n, d_in]
+  MatrixView<const X, S> x;     // [T, d_in]
   Dropout dropout;
   MatrixView<const Acc, S> du;    // [T, R_a]
   MatrixView<const Score, S> dh;  // [T, n]

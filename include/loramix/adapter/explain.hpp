@@ -1,0 +1,54 @@
+/// Which path a call takes, what it costs, and why.
+///
+/// Computes:    the backend's answer for a shape; nothing is run.
+/// Reads:       sizes. Writes: nothing.
+/// Errors:      none.
+/// Cost:        none.
+/// Determinism: depends on shape, scalar, gate and backend, never on data.
+/// Example:     std::puts(lm::explain(be, lora, 512).path);
+#pragma once
+#include <cstdio>
+
+#include <loramix/adapter/forward.hpp>
+
+namespace loramix {
+inline namespace LORAMIX_ABI {
+
+struct Explanation {
+  PathFacts facts;
+  Cost cost;
+  Index tokens;
+  Index forward_workspace, backward_workspace;  // bytes
+  Index reserve_per_token;                      // bytes with Keep::z
+  Index reserve_per_token_recomputed;           // bytes with Keep::recompute
+};
+
+template <class Backend, ProductAdapter A>
+Explanation explain(const Backend& be, const A& adapter, Index tokens) {
+  const auto per_token = [&adapter](Keep keep) {
+    constexpr Index many = 1024;
+    return (reserve_bytes(adapter, 2 * many, keep) - reserve_bytes(adapter, many, keep)) / many;
+  };
+  return {path_of(be),
+          adapter.cost(tokens),
+          tokens,
+          workspace_bytes(be, adapter, tokens),
+          workspace_bytes(be, adapter, tokens, Pass::backward),
+          per_token(Keep::z),
+          per_token(Keep::recompute)};
+}
+
+inline void print(const Explanation& e, std::FILE* to = stdout) {
+  std::fprintf(
+      to,
+      "%lld tokens: %s, tiles of %lld tokens: %s\n"
+      "  forward  %.3g GFLOP, %.3g MB moved, %lld bytes of workspace\n"
+      "  backward %.3g GFLOP, %.3g MB moved, %lld bytes of workspace, %lld bytes kept per token (%lld recomputed)\n",
+      static_cast<long long>(e.tokens), e.facts.path, static_cast<long long>(e.facts.tile_tokens), e.facts.why,
+      e.cost.forward_flop * 1e-9, e.cost.forward_bytes * 1e-6, static_cast<long long>(e.forward_workspace),
+      e.cost.backward_flop * 1e-9, e.cost.backward_bytes * 1e-6, static_cast<long long>(e.backward_workspace),
+      static_cast<long long>(e.reserve_per_token), static_cast<long long>(e.reserve_per_token_recomputed));
+}
+
+}  // namespace LORAMIX_ABI
+}  // namespace loramix
