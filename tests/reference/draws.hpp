@@ -34,9 +34,9 @@ inline Words philox(std::uint64_t key, Words c) {
 /// Column i of a token uses half i mod 2 (0 = low) of word ⌊(i mod 8)/2⌋ of block ⌊i/8⌋; keep ⇔ draw16 ≥ p16.
 inline bool keep(std::uint64_t seed, std::uint64_t site, std::uint64_t step, std::uint64_t token, Index i,
                  std::uint32_t p16) {
-  const Words words = philox(fold(fold(seed, site), step),
-                             {static_cast<std::uint32_t>(i / 8), 0u, static_cast<std::uint32_t>(token),
-                              static_cast<std::uint32_t>(token >> 32)});
+  const Words words =
+      philox(fold(fold(seed, site), step), {static_cast<std::uint32_t>(i / 8), 0u, static_cast<std::uint32_t>(token),
+                                            static_cast<std::uint32_t>(token >> 32)});
   const std::uint32_t word = words[static_cast<std::size_t>(i % 8 / 2)];
   return (i % 2 == 0 ? word & 0xffffu : word >> 16) >= p16;
 }

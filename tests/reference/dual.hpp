@@ -17,9 +17,7 @@ struct Dual {
   friend constexpr Dual operator-(Dual a) { return {-a.value, -a.slope}; }
   friend constexpr Dual operator+(Dual a, Dual b) { return {a.value + b.value, a.slope + b.slope}; }
   friend constexpr Dual operator-(Dual a, Dual b) { return {a.value - b.value, a.slope - b.slope}; }
-  friend constexpr Dual operator*(Dual a, Dual b) {
-    return {a.value * b.value, a.slope * b.value + a.value * b.slope};
-  }
+  friend constexpr Dual operator*(Dual a, Dual b) { return {a.value * b.value, a.slope * b.value + a.value * b.slope}; }
   friend constexpr Dual operator/(Dual a, Dual b) {
     return {a.value / b.value, (a.slope - a.value / b.value * b.slope) / b.value};
   }

@@ -18,7 +18,9 @@ using Random = std::mt19937_64;
 inline double draw(Random& random) {
   return static_cast<float>(std::uniform_real_distribution<double>(-1.0, 1.0)(random));
 }
-inline Index draw_below(Random& random, Index n) { return static_cast<Index>(random() % static_cast<std::uint64_t>(n)); }
+inline Index draw_below(Random& random, Index n) {
+  return static_cast<Index>(random() % static_cast<std::uint64_t>(n));
+}
 
 inline Grid<double> draw_grid(Random& random, Index rows, Index cols) {
   Grid<double> g(rows, cols);
@@ -62,7 +64,10 @@ inline const std::vector<GateSpec>& gate_specs() {
       {.name = "top-2 of a task", .ids = By::id, .k = 2, .id_weights = true},
       {.name = "one expert per token", .ids = By::token},
       {.name = "one expert per token, all the same", .ids = By::token, .choice = Choice::all_on_one},
-      {.name = "top-2, an expert without tokens", .ids = By::token, .k = 2, .id_weights = true,
+      {.name = "top-2, an expert without tokens",
+       .ids = By::token,
+       .k = 2,
+       .id_weights = true,
        .choice = Choice::one_dead},
       {.name = "one expert per segment", .ids = By::segment},
       {.name = "one expert per domain", .ids = By::id},
@@ -77,13 +82,27 @@ inline const std::vector<GateSpec>& gate_specs() {
       {.name = "multiplier per segment", .multiplier = By::segment},
       {.name = "prefix x scale x multiplier", .multiplier = By::id, .rank_scale = true, .prefix = By::id},
       {.name = "top-2 x rank scale", .ids = By::token, .k = 2, .id_weights = true, .rank_scale = true},
-      {.name = "one expert x token experts x subset, mixed ranks", .ids = By::segment, .weights = By::token,
-       .subset = By::id, .mixed_ranks = true},
-      {.name = "every slot", .ids = By::token, .k = 2, .id_weights = true, .weights = By::id, .values = true,
-       .multiplier = By::segment, .rank_scale = true, .prefix = By::token, .subset = By::segment},
+      {.name = "one expert x token experts x subset, mixed ranks",
+       .ids = By::segment,
+       .weights = By::token,
+       .subset = By::id,
+       .mixed_ranks = true},
+      {.name = "every slot",
+       .ids = By::token,
+       .k = 2,
+       .id_weights = true,
+       .weights = By::id,
+       .values = true,
+       .multiplier = By::segment,
+       .rank_scale = true,
+       .prefix = By::token,
+       .subset = By::segment},
       {.name = "softmax", .weights = By::token, .computed = true},
       {.name = "softmax of ties", .weights = By::token, .computed = true, .tied = true},
-      {.name = "softmax x multiplier x rank scale", .weights = By::token, .multiplier = By::id, .rank_scale = true,
+      {.name = "softmax x multiplier x rank scale",
+       .weights = By::token,
+       .multiplier = By::id,
+       .rank_scale = true,
        .computed = true},
   };
   return specs;
@@ -240,7 +259,8 @@ NamedGate<T> truth(const GateData& d, const Grid<T>* weights = nullptr) {
   const auto without_group = [&](const GroupData& groups) {
     if (groups.present()) close([&](Index t, Index) { return groups.of(t) < 0; });
   };
-  for (const GroupData* g : {&d.id_groups, &d.weight_groups, &d.multiplier_groups, &d.prefix_groups, &d.subset_groups}) {
+  for (const GroupData* g :
+       {&d.id_groups, &d.weight_groups, &d.multiplier_groups, &d.prefix_groups, &d.subset_groups}) {
     without_group(*g);
   }
   if (d.id_groups.present()) {
@@ -264,9 +284,8 @@ NamedGate<T> truth(const GateData& d, const Grid<T>* weights = nullptr) {
     out.names.push_back(name);
   };
   if (!d.id_weights.empty()) {
-    add(FactorName::id_weights, d.id_weights.as<T>(), [&](Index t, Index j) {
-      return d.id_groups.of(t) * d.ids.cols() + place_of(d.id_groups.of(t), expert_of(j));
-    });
+    add(FactorName::id_weights, d.id_weights.as<T>(),
+        [&](Index t, Index j) { return d.id_groups.of(t) * d.ids.cols() + place_of(d.id_groups.of(t), expert_of(j)); });
   }
   if (d.weight_groups.present()) {
     add(FactorName::weights, weights != nullptr ? *weights : d.weights.as<T>(),

@@ -144,8 +144,7 @@ ExpandGradient<T> expand_backward(const Product<T>& p, const Grid<T>& u, const G
     for (Index t = 0; t < tokens; ++t) {
       for (Index j = 0; j < ranks; ++j) {
         if (!p.gate.open(t, j)) continue;
-        d[f.covers(t, j)] +=
-            dut(t, j) * u(t, j % u.cols()) * product_of_factors(p.gate, t, j, static_cast<Index>(i));
+        d[f.covers(t, j)] += dut(t, j) * u(t, j % u.cols()) * product_of_factors(p.gate, t, j, static_cast<Index>(i));
       }
     }
     g.factors.push_back(d);

@@ -1,0 +1,294 @@
+// The conformance suite of the gated product: Shrink, the row stage of a computed gate, Expand and their backward, every
+// gate × both orders of B × a table of shapes, against the literal reference with its own error bounds.
+//
+// Instantiated once per harness and precision; gates are data. A backend passes it whole or not at all:
+//
+//   TEST_CASE_TEMPLATE("the gated product conforms", P, float, double, …) { loramix_test::product_conforms<P>(harness, {}); }
+//
+// dropout, Into::add / set, padded rows and first tokens alternate over the cases, so that every gate and every shape
+// meets each of them.
+#pragma once
+
+#include <doctest/doctest.h>
+
+#include <string>
+#include <vector>
+
+#include <loramix/core/precision.hpp>
+#include <loramix/gate/softmax.hpp>
+#include <loramix/ops/expand.hpp>
+#include <loramix/ops/shrink.hpp>
+
+#include "conformance/gates.hpp"
+#include "reference/draws.hpp"
+#include "support/seed.hpp"
+
+namespace loramix_test {
+
+struct ProductShape {
+  Index tokens, d_in, d_out, experts, rank;
+  bool shared_a = false;
+};
+
+inline const std::vector<ProductShape>& product_shapes() {
+  static const std::vector<ProductShape> shapes = {
+      {0, 8, 5, 3, 2},       {1, 1, 1, 1, 1},    {1, 9, 16, 4, 1},   {4, 16, 16, 4, 2},        {7, 13, 11, 3, 5},
+      {9, 24, 17, 1, 6},     {5, 8, 4, 2, 0},    {31, 37, 29, 5, 3}, {63, 16, 24, 4, 4},       {64, 32, 16, 3, 4},
+      {65, 12, 20, 4, 3},    {130, 17, 8, 4, 2}, {17, 19, 23, 8, 1}, {13, 31, 16, 4, 4, true}, {66, 16, 9, 3, 2, true},
+      {1, 8, 8, 2, 3, true}, {6, 23, 14, 9, 8},  {3, 20, 7, 33, 8},  {5, 257, 19, 3, 4},       {4, 21, 300, 2, 3},
+      {67, 264, 259, 4, 4},
+  };
+  return shapes;
+}
+
+/// How much of the table runs. An emulator of a GPU gets less: widths up to 192, every second case.
+struct ProductBudget {
+  Index max_width = INT64_MAX;
+  Index max_tokens = INT64_MAX;
+  int every = 1;  // of the cases of each gate; another remainder for each gate
+  int first = 0;
+};
+
+struct ProductCase {
+  GateSpec gate;
+  ProductShape shape;
+  bool dropout;
+  lm::Into into;
+  Index padding;
+  std::uint64_t first_token;
+};
+
+inline std::string describe(const ProductCase& c) {
+  char text[256];
+  std::snprintf(text, sizeof text, "gate '%s', T %lld, d_in %lld, d_out %lld, E %lld, r %lld%s%s%s%s", c.gate.name,
+                static_cast<long long>(c.shape.tokens), static_cast<long long>(c.shape.d_in),
+                static_cast<long long>(c.shape.d_out), static_cast<long long>(c.shape.experts),
+                static_cast<long long>(c.shape.rank), c.shape.shared_a ? ", shared A" : "",
+                c.dropout ? ", dropout" : "", c.into == lm::Into::set ? ", set" : ", add",
+                c.padding != 0 ? ", padded rows" : "");
+  return text;
+}
+
+/// The row stage of SoftmaxGate, as an op.
+template <class Gate, class Score, lm::Space S>
+struct SoftmaxForward {
+  Gate gate;
+  lm::MatrixView<const Score, S> h;
+  typename Gate::State state;
+  template <lm::Team Tm>
+  LORAMIX_HD void operator()(const Tm& team, lm::Index t) const {
+    gate.forward_row(team, t, h.row(t), state);
+  }
+};
+template <class Gate, class Score, lm::Space S>
+struct SoftmaxBackward {
+  Gate gate;
+  lm::MatrixView<const Score, S> h;
+  typename Gate::State state, dstate;
+  lm::MatrixView<Score, S> dh;
+  template <lm::Team Tm>
+  LORAMIX_HD void operator()(const Tm& team, lm::Index t) const {
+    gate.backward_row(team, t, h.row(t), state, dstate, dh.row(t));
+  }
+};
+
+template <class Precision, class H>
+class ProductTest {
+  using P = lm::precision_t<Precision>;
+  using X = typename P::activation;
+  using W = typename P::weight;
+  using Acc = typename P::accumulation;
+  using Score = typename P::score;
+  using G = typename P::gradient;
+  static constexpr lm::Space space = H::space;
+  static constexpr lm::Major row = lm::Major::row;
+  using Softmax = lm::SoftmaxGate<W, Score, space>;
+
+ public:
+  ProductTest(H& harness, const ProductCase& c, Random& random) : harness_(harness), case_(c), random_(random) {
+    const ProductShape& s = c.shape;
+    data_ = draw_gate(random, c.gate, s.tokens, s.experts, s.rank);
+    const Index ranks = s.experts * s.rank, side = c.gate.computed ? s.experts : 0;
+    x_ = Tensor<H, X>(harness, draw_grid(random, s.tokens, s.d_in), c.padding);
+    A_ = Tensor<H, W>(harness, draw_grid(random, s.shared_a ? s.rank : ranks, s.d_in), c.padding);
+    Grid<double> side_rows = draw_grid(random, side, s.d_in);
+    for (Index e = 1; c.gate.tied && e < side; ++e) {
+      for (Index i = 0; i < s.d_in; ++i) side_rows(e, i) = side_rows(0, i);
+    }
+    side_ = Tensor<H, W>(harness, side_rows, c.padding);
+    B_values_ = draw_grid(random, s.d_out, ranks);
+    dy_ = Tensor<H, X>(harness, draw_grid(random, s.tokens, s.d_out), c.padding);
+
+    if (c.dropout) {
+      const lm::Key key{.seed = 42, .site = lm::site("conformance"), .step = 3, .first_token = c.first_token};
+      dropout_ = lm::make_dropout("conformance", 0.5, key);
+    }
+    truth_.x = x_.values().template as<Tracked>();
+    truth_.keep = Grid<std::uint8_t>(s.tokens, s.d_in, 1);
+    for (Index t = 0; c.dropout && t < s.tokens; ++t) {
+      for (Index i = 0; i < s.d_in; ++i) {
+        truth_.keep(t, i) =
+            reference::keep(42, lm::site("conformance"), 3, c.first_token + static_cast<std::uint64_t>(t), i, 32768);
+      }
+    }
+    truth_.kept = c.dropout ? Tracked::rounded(2) : Tracked(1);
+    truth_.A = A_.values().template as<Tracked>();
+    truth_.side = side_.values().template as<Tracked>();
+    truth_.s = Tracked(1.25);
+  }
+
+  void run_all() {
+    run_shrink();
+    run_order<lm::Major::column>();
+    run_order<lm::Major::row>();
+  }
+
+ private:
+  void run_shrink() {
+    const ProductShape& s = case_.shape;
+    u_ = Tensor<H, Acc>::poisoned(harness_, s.tokens, A_.view().rows, case_.padding);
+    h_ = Tensor<H, Score>::poisoned(harness_, s.tokens, side_.view().rows, case_.padding);
+    run(harness_,
+        lm::Shrink<X, W, Acc, Score, space>{A_.view(), side_.view(), x_.view(), dropout_, u_.view(), h_.view()});
+    truth_u_ = reference::shrink(truth_);
+    truth_h_ = reference::side_rows(truth_);
+    check<Acc>("U", u_, truth_u_);
+    check<Score>("H", h_, truth_h_);
+  }
+
+  template <lm::Major M>
+  void run_order() {
+    INFO("B is ", M == row ? "row-major" : "rank-major");
+    const Tensor<H, W, M> B(harness_, B_values_, case_.padding);
+    truth_.B = B.values().template as<Tracked>();
+
+    // Row stage.
+    LoweredGate<H, Score> gate(harness_, data_, case_.padding);
+    const Softmax softmax{side_.view(), Score(0.75)};
+    typename Softmax::State state, dstate;
+    Tensor<H, Score> weights;
+    Grid<Tracked> p;
+    if (case_.gate.computed) {
+      weights = Tensor<H, Score>::poisoned(harness_, data_.tokens, data_.experts, case_.padding);
+      state.weights = weights.view();
+      using Body = SoftmaxForward<Softmax, Score, space>;
+      lm::for_rows<space>(harness_.backend(), data_.tokens, Body{softmax, h_.view(), state});
+      p = reference::softmax(truth_h_, Tracked(0.75));
+      check<Score>("softmax", weights, p);
+      gate.form().weights = state.weights;
+    }
+    const NamedGate<Tracked> named = truth<Tracked>(data_, case_.gate.computed ? &p : nullptr);
+    truth_.gate = named.gate;
+
+    // Expand.
+    Tensor<H, X> y = output<X>(case_.shape.tokens, case_.shape.d_out);
+    run(harness_,
+        lm::Expand<Acc, W, X, Score, space, M>{u_.view(), gate.form(), B.view(), Acc(1.25), y.view(), case_.into});
+    check<X>("Y", y, reference::expand(truth_, truth_u_), case_.into);
+
+    // Expand backward. The computed gate's own gradient is assigned, whatever the case says.
+    const lm::Into gate_into = case_.gate.computed ? lm::Into::set : case_.into;
+    const Tensor<H, Acc> du = Tensor<H, Acc>::poisoned(harness_, u_.view().rows, u_.view().cols, case_.padding);
+    Tensor<H, G, M> dB = output<G, M>(case_.shape.d_out, data_.ranks);
+    const GateGradients<H, Score> dgate(named, case_.padding, [&](Index rows, Index cols, Index padding) {
+      return output<Score>(rows, cols, padding, gate_into);
+    });
+    run(harness_,
+        lm::ExpandBackward<Acc, W, X, Score, G, space, M>{u_.view(), gate.form(), B.view(), Acc(1.25), dy_.view(),
+                                                          du.view(), dB.view(), dgate.views, gate_into, gate_into});
+    const reference::ExpandGradient<Tracked> want =
+        reference::expand_backward(truth_, truth_u_, dy_.values().template as<Tracked>());
+    check<Acc>("dU", du, want.du);
+    check<G>("dB", dB, want.dB, gate_into);
+    for (std::size_t i = 0; i < dgate.tensors.size(); ++i) {
+      INFO("gate gradient ", static_cast<int>(named.names[i]));
+      check<Score>("dg", dgate.tensors[i], want.factors[i], gate_into);
+    }
+
+    // Row stage and shrink, backward.
+    const Tensor<H, Score> dh(harness_, Grid<double>(h_.view().rows, h_.view().cols, 0.0), case_.padding);
+    Grid<Tracked> truth_dh(h_.view().rows, h_.view().cols);
+    if (case_.gate.computed) {
+      dstate.weights = dgate.views.weights;
+      using Body = SoftmaxBackward<Softmax, Score, space>;
+      lm::for_rows<space>(harness_.backend(), data_.tokens, Body{softmax, h_.view(), state, dstate, dh.view()});
+      truth_dh = reference::softmax_backward(p, want.factors[0], Tracked(0.75));
+      check<Score>("dH", dh, truth_dh, lm::Into::set, case_.shape.experts == 1);
+    }
+    Tensor<H, G> dA = output<G>(A_.view().rows, case_.shape.d_in),
+                 dside = output<G>(side_.view().rows, case_.shape.d_in);
+    Tensor<H, X> dx = output<X>(case_.shape.tokens, case_.shape.d_in);
+    run(harness_, lm::ShrinkBackward<X, W, Acc, Score, G, space>{A_.view(), side_.view(), x_.view(), dropout_,
+                                                                 du.view(), dh.view(), dA.view(), dside.view(),
+                                                                 dx.view(), case_.into, case_.into});
+    const reference::ShrinkGradient<Tracked> sums = reference::shrink_backward(truth_, want.du, truth_dh);
+    check<G>("dA", dA, sums.dA, case_.into);
+    check<G>("dside", dside, sums.dside, case_.into, case_.shape.experts == 1);
+    check<X>("dX", dx, sums.dx, case_.into);
+  }
+
+  /// Something to add to, or NaN where the op assigns.
+  template <class T, lm::Major M = row>
+  Tensor<H, T, M> output(Index rows, Index cols) {
+    return output<T, M>(rows, cols, case_.padding, case_.into);
+  }
+  template <class T, lm::Major M = row>
+  Tensor<H, T, M> output(Index rows, Index cols, Index padding, lm::Into into) {
+    if (into == lm::Into::set) return Tensor<H, T, M>::poisoned(harness_, rows, cols, padding);
+    return Tensor<H, T, M>(harness_, draw_grid(random_, rows, cols), padding);
+  }
+
+  template <class Store, class T>
+  void check(const char* what, const T& tensor, const Grid<Tracked>& want, lm::Into into = lm::Into::set,
+             bool zero = false) {
+    std::string problem;
+    const Grid<double> got = tensor.read(harness_, problem), old = tensor.values();
+    const bool nothing = zero || data_.tokens == 0 || data_.ranks == 0 || (case_.dropout && case_.shape.d_in < 8);
+    if (problem.empty()) problem = compare<Store, Acc>(got, want, into == lm::Into::add ? &old : nullptr, nothing);
+    CHECK_MESSAGE(problem.empty(), what, ": ", problem);
+  }
+
+  H& harness_;
+  const ProductCase& case_;
+  Random& random_;
+  GateData data_;
+  Tensor<H, X> x_, dy_;
+  Tensor<H, W> A_, side_;
+  Grid<double> B_values_;
+  lm::Dropout dropout_;
+  Tensor<H, Acc> u_;
+  Tensor<H, Score> h_;
+  reference::Product<Tracked> truth_;
+  Grid<Tracked> truth_u_, truth_h_;
+};
+
+/// Runs the table for one precision.
+template <class Precision, class H>
+void product_conforms(H& harness, const ProductBudget& budget) {
+  Random random(seed(2));
+  int gates = 0, ran = 0;
+  for (const GateSpec& gate : gate_specs()) {
+    int number = gates++;
+    for (const ProductShape& shape : product_shapes()) {
+      ++number;
+      if (shape.d_in > budget.max_width || shape.d_out > budget.max_width || shape.tokens > budget.max_tokens) continue;
+      // A shared A needs experts of one size; a form without experts has no word for it.
+      if (shape.shared_a && (!gate.by_expert() || gate.mixed_ranks)) continue;
+      if ((number + budget.first) % budget.every != 0) continue;
+      const int n = number / budget.every;
+      const ProductCase c{gate,
+                          shape,
+                          n % 2 == 0,
+                          n % 4 < 2 ? lm::Into::add : lm::Into::set,
+                          n % 3 == 0 ? Index{0} : Index{3},
+                          n % 5 == 0 ? (std::uint64_t{7} << 32) - 2 : 0};
+      INFO(describe(c));
+      ProductTest<Precision, H>(harness, c, random).run_all();
+      CHECK(harness.release());
+      ++ran;
+    }
+  }
+  CHECK(ran > 0);
+}
+
+}  // namespace loramix_test
