@@ -1,0 +1,182 @@
+/// AdamW, for an adapter (AdamW) and for any flat parameters (adamw_step).
+///
+/// Computes:    m = β₁m + (1−β₁)g;  v = β₂v + (1−β₂)g²;  w −= lr·wd·w;  w −= lr·m̂/(√v̂ + ε) with m̂ = m/(1−β₁ᵗ),
+///              v̂ = v/(1−β₂ᵗ), t from 1 (MATH.md section 5; Loshchilov & Hutter 2019, algorithm 2). Weights of 16 bits
+///              have a float master copy: it is updated, the weight is its rounding. A weight that somebody else has
+///              written in between (a loaded file, a pruned rank) replaces its master.
+/// Reads:       g [n], the gradient.
+/// Writes:      w [n], the weights; m, v and the master [n].
+/// Errors:      shape, null, alias; lr, decay or ε negative or not finite; β outside [0, 1); t below 1; groups:
+///              train/groups.hpp. All before any write.
+/// Cost:        about 15 flop and 7 memory accesses per weight; no allocation in a step. State: 2 values per weight
+///              (3 with 16-bit weights), of the accumulation type, owned by the AdamW in the adapter's space.
+/// Determinism: every weight by itself: the same bits for any number of threads.
+/// Example:     tests/train/adamw.cpp:  lm::AdamW opt(lora, {.lr = 2e-4, .groups = {{"B", {.lr_ratio = 16}}}});
+///                                      opt.lr(schedule(step));  opt.step(be, lora, grad);
+#pragma once
+#include <cmath>
+
+#include <loramix/ops/rows.hpp>
+#include <loramix/train/clip.hpp>
+#include <loramix/train/groups.hpp>
+
+namespace loramix {
+inline namespace LORAMIX_ABI {
+
+/// The numbers of one step.
+struct AdamWStep {
+  double lr = 1e-3;
+  double beta1 = 0.9;
+  double beta2 = 0.999;
+  double eps = 1e-8;
+  double weight_decay = 0;
+  Index t = 1;  // this step's number, from 1
+};
+
+namespace detail {
+
+/// Row body: chunk `row` of the flat buffers.
+template <class W, class G, class M, Space S>
+struct AdamWRows {
+  VectorView<W, S> weights;
+  VectorView<const G, S> gradient;
+  VectorView<M, S> m, v, master;  // master: empty where M is W
+  M lr, decay, beta1, one_less_beta1, beta2, one_less_beta2, eps, correct1, correct2;
+  const Clip* guard;
+
+  LORAMIX_HD void element(Index i) const {
+    const M g = narrow<M>(gradient[i]);
+    M w;
+    if constexpr (is_16bit<W>)
+      w = master_of(master[i], weights[i]);
+    else
+      w = weights[i];
+    const M mi = beta1 * m[i] + one_less_beta1 * g, vi = beta2 * v[i] + one_less_beta2 * (g * g);
+    m[i] = mi;
+    v[i] = vi;
+    w -= decay * w;
+    w -= lr * (mi * correct1) / (std::sqrt(vi * correct2) + eps);
+    if constexpr (is_16bit<W>) master[i] = w;
+    weights[i] = narrow<W>(w);
+  }
+
+  template <Team Tm>
+  LORAMIX_HD void operator()(const Tm& team, Index row) const {
+    if (guard != nullptr && !guard->finite) return;
+    const Index begin = row * flat_chunk, left = weights.size - begin;
+    team.each(left < flat_chunk ? left : flat_chunk, [&](Index i) { element(begin + i); });
+  }
+};
+
+}  // namespace detail
+
+/// One step of flat parameters w [n] with gradient g [n] and moments m, v [n] of zeros at first. 16-bit weights need
+/// their float `master` [n], zeros at first. `guard` [1], from clip_norm: nothing is done if it says not finite.
+template <class Backend, class W, class G, class M, Space S>
+void adamw_step(const Backend& be, VectorView<W, S> w, VectorView<G, S> g, VectorView<M, S> m, VectorView<M, S> v,
+                const AdamWStep& with, VectorView<M, S> master = {}, const Clip* guard = nullptr) {
+  static_assert(std::is_same_v<M, detail::master_t<W>>,
+                "loramix: moments are of the weights' type, float for 16-bit weights");
+  const char* const op = "adamw_step";
+  check::view(op, "w", w);
+  detail::check_beside(op, "g", g, w);
+  detail::check_beside(op, "m", m, w);
+  detail::check_beside(op, "v", v, w);
+  check::disjoint(op, "m", detail::as_matrix(m), "v", detail::as_matrix(v));
+  if constexpr (is_16bit<W>) detail::check_beside(op, "master", master, w);
+  detail::check_number(op, "lr", with.lr);
+  detail::check_number(op, "weight_decay", with.weight_decay);
+  detail::check_number(op, "eps", with.eps);
+  detail::check_number(op, "beta1", with.beta1, 1);
+  detail::check_number(op, "beta2", with.beta2, 1);
+  check::at_least(op, "t", with.t, 1);
+  const double t = static_cast<double>(with.t);
+  const detail::AdamWRows<W, std::remove_const_t<G>, M, S> body{
+      .weights = w,
+      .gradient = g,
+      .m = m,
+      .v = v,
+      .master = master,
+      .lr = static_cast<M>(with.lr),
+      .decay = static_cast<M>(with.lr * with.weight_decay),
+      .beta1 = static_cast<M>(with.beta1),
+      .one_less_beta1 = static_cast<M>(1 - with.beta1),
+      .beta2 = static_cast<M>(with.beta2),
+      .one_less_beta2 = static_cast<M>(1 - with.beta2),
+      .eps = static_cast<M>(with.eps),
+      .correct1 = static_cast<M>(1 / (1 - std::pow(with.beta1, t))),
+      .correct2 = static_cast<M>(1 / (1 - std::pow(with.beta2, t))),
+      .guard = guard};
+  for_rows<S>(be, detail::flat_rows(w.size), body);
+}
+
+/// What an AdamW is made with.
+struct AdamWOptions {
+  double lr = 1e-3;
+  double beta1 = 0.9;
+  double beta2 = 0.999;
+  double eps = 1e-8;
+  double weight_decay = 0;
+  std::vector<GroupRule> groups = {};
+};
+
+/// An adapter's optimiser: owns the moments and masters, knows the groups, counts the steps.
+template <Adapter A>
+class AdamW {
+ public:
+  using State = detail::master_t<typename A::element>;
+
+  explicit AdamW(const A& adapter, const AdamWOptions& options = {})
+      : ranges_(detail::flat_ranges("AdamW", adapter, options.groups, options.weight_decay)),
+        with_{options.lr, options.beta1, options.beta2, options.eps, 0, 0},
+        m_(adapter.parameters().size),
+        v_(adapter.parameters().size),
+        master_(is_16bit<typename A::element> ? adapter.parameters().size : 0) {
+    lr(options.lr);
+    detail::check_number("AdamW", "beta1", options.beta1, 1);
+    detail::check_number("AdamW", "beta2", options.beta2, 1);
+    detail::check_number("AdamW", "eps", options.eps);
+  }
+
+  /// The learning rate from the next step on, as a schedule says.
+  void lr(double value) {
+    detail::check_number("AdamW", "lr", value);
+    with_.lr = value;
+  }
+  double lr() const { return with_.lr; }
+
+  /// One step. With a `guard` that says not finite nothing but the count of steps changes.
+  template <class Backend>
+  void step(const Backend& be, A& adapter, const gradient_t<A>& gradient, const Clip* guard = nullptr) {
+    detail::check_step("AdamW", adapter, gradient, m_.size());
+    ++with_.t;
+    const auto weights = adapter.parameters();
+    const auto slopes = gradient.parameters();
+    for (const detail::FlatRange& range : ranges_) {
+      if (range.frozen) continue;
+      AdamWStep with = with_;
+      with.lr *= range.lr_ratio;
+      with.weight_decay = range.weight_decay;
+      const auto part = [&range](auto flat) { return flat.empty() ? flat : flat.part(range.begin, range.size); };
+      adamw_step(be, part(weights), part(slopes), part(m_.view()), part(v_.view()), with, part(master_.view()), guard);
+    }
+  }
+
+  /// Steps taken, and the state [parameters().size], for checkpoints: restore all of it to go on.
+  Index steps() const { return with_.t; }
+  void steps(Index taken) {
+    check::at_least("AdamW", "steps", taken, 0);
+    with_.t = taken;
+  }
+  VectorView<State, A::space> m() { return m_.view(); }
+  VectorView<State, A::space> v() { return v_.view(); }
+  VectorView<State, A::space> master() { return master_.view(); }
+
+ private:
+  std::vector<detail::FlatRange> ranges_;
+  AdamWStep with_;
+  Buffer<State, A::space> m_, v_, master_;
+};
+
+}  // namespace LORAMIX_ABI
+}  // namespace loramix
