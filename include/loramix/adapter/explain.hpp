@@ -5,7 +5,7 @@
 /// Errors:      none.
 /// Cost:        none.
 /// Determinism: depends on shape, scalar, gate and backend, never on data.
-/// Example:     std::puts(lm::explain(be, lora, 512).path);
+/// Example:     tests/adapter
 #pragma once
 #include <cstdio>
 
@@ -14,6 +14,7 @@
 namespace loramix {
 inline namespace LORAMIX_ABI {
 
+/// What explain() found, all in one value.
 struct Explanation {
   PathFacts facts;
   Cost cost;
@@ -23,6 +24,7 @@ struct Explanation {
   Index reserve_per_token_recomputed;           // bytes with Keep::recompute
 };
 
+/// What a call with `tokens` tokens would do.
 template <class Backend, ProductAdapter A>
 Explanation explain(const Backend& be, const A& adapter, Index tokens) {
   const auto per_token = [&adapter](Keep keep) {
@@ -38,6 +40,7 @@ Explanation explain(const Backend& be, const A& adapter, Index tokens) {
           per_token(Keep::recompute)};
 }
 
+/// Three lines of text.
 inline void print(const Explanation& e, std::FILE* to = stdout) {
   std::fprintf(
       to,

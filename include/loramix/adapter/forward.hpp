@@ -25,6 +25,7 @@ inline namespace LORAMIX_ABI {
 /// What backward finds again: U as it was, or it is computed a second time (no memory per token, one more shrink).
 enum class Keep { z, recompute };
 
+/// What a call of forward may be told.
 template <Space S>
 struct ForwardOptions {
   Arena<S>* save = nullptr;  // the reserve; null: inference
@@ -34,6 +35,7 @@ struct ForwardOptions {
   bool dropout_off = false;  // saving without draws though the adapter has dropout, on purpose
 };
 
+/// Whether backward adds to gradients or assigns them.
 struct BackwardOptions {
   Into parameters = Into::add;
   Into input = Into::add;
@@ -205,6 +207,7 @@ auto form_for_sizes(const A& adapter, Index tokens) {
 
 }  // namespace detail
 
+/// Which half of a step a size is asked for.
 enum class Pass { forward, backward };
 
 /// Bytes of workspace that any call with at most `tokens` tokens takes.

@@ -7,7 +7,7 @@
 /// Errors:      as in adapter/forward.hpp, all before the first write.
 /// Cost:        adapter.cost(T); no allocation.
 /// Determinism: ADR 0005.
-/// Example:     tests/adapter/fused_lora.cpp
+/// Example:     examples/engine
 #pragma once
 #include <loramix/adapter/forward.hpp>
 #include <loramix/adapter/fused_lora.hpp>
@@ -21,6 +21,7 @@ inline constexpr bool is_fused = false;
 template <class P, Space S, class T>
 inline constexpr bool is_fused<FusedLora<P, S, T>> = true;
 
+/// A FusedLora of any precision, space and element.
 template <class A>
 concept FusedAdapter = is_fused<A>;
 
@@ -80,6 +81,7 @@ struct FusedOps {
 
 }  // namespace detail
 
+/// Bytes of reserve of a saving forward with at most `tokens` tokens.
 template <FusedAdapter A>
 Index reserve_bytes(const A& adapter, Index tokens, Keep keep = Keep::z) {
   Arena<A::space> counter = Arena<A::space>::counting();
@@ -89,6 +91,7 @@ Index reserve_bytes(const A& adapter, Index tokens, Keep keep = Keep::z) {
   return Arena<A::space>::with_alignment(counter.used());
 }
 
+/// Bytes of workspace of any call with at most `tokens` tokens.
 template <class Backend, FusedAdapter A>
 Index workspace_bytes(const Backend& be, const A& adapter, Index tokens, Pass pass = Pass::forward) {
   using Ops = detail::FusedOps<A>;
@@ -112,6 +115,7 @@ Index workspace_bytes(const Backend& be, const A& adapter, Index tokens, Pass pa
   return Arena<A::space>::with_alignment(counter.used() + stage);
 }
 
+/// y[:, slice i] (+)= s U_i B_iᵀ. Returns what backward needs where `options.save` is given.
 template <class Backend, FusedAdapter A>
 FusedSaved<A> forward(const Backend& be, const A& adapter,
                       MatrixView<const typename A::precision::activation, A::space> x,
@@ -144,6 +148,7 @@ FusedSaved<A> forward(const Backend& be, const A& adapter,
   return saved;
 }
 
+/// All gradients of one forward, once.
 template <class Backend, FusedAdapter A, class Gradient>
 void backward(const Backend& be, const A& adapter, FusedSaved<A>& saved,
               MatrixView<const typename A::precision::activation, A::space> x,

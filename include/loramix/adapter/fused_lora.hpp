@@ -3,10 +3,11 @@
 /// Computes:    ΔY[:, slice i] = s X̂ A_iᵀ B_iᵀ; with shared_A all slices read one U (MATH.md section 4, "fused qkv").
 ///              Columns of y outside the slices are left alone, with Into::set too.
 /// Parameters:  slice{i}.lora_A.weight [r, d_in] (or one lora_A.weight), slice{i}.lora_B.weight [width_i, r].
-/// Reads / Adds to / Errors / Determinism: adapter/fused_forward.hpp. Slices must lie inside d_out and not overlap.
+/// Errors:      sizes below 0, dropout outside [0, 1), slices outside d_out or overlapping, more than eight.
 /// Cost:        2·T·(R_a·d_in + r·Σ width_i) flop forward; R_a = r (shared) or r times the slices.
+/// Determinism: adapter/fused_forward.hpp
 /// Merge:       exact, slice by slice.
-/// Example:     lm::FusedLora<float> qkv({.d_in = 4096, .d_out = 6144, .slices = {{0, 4096}, {5120, 1024}}, .rank = 8});
+/// Example:     examples/engine
 #pragma once
 #include <loramix/adapter/lora.hpp>
 #include <loramix/core/slices.hpp>
@@ -14,6 +15,7 @@
 namespace loramix {
 inline namespace LORAMIX_ABI {
 
+/// Sizes, slices and scale; `rank` is of one slice.
 struct FusedLoraConfig {
   Index d_in = 0;
   Index d_out = 0;
@@ -55,6 +57,7 @@ inline const FusedLoraConfig& checked(const char* op, const FusedLoraConfig& con
 }
 }  // namespace detail
 
+/// Owns A [r or n·r, d_in] and one B [width, r] per slice.
 template <class P = float, Space S = Space::host, class T = typename precision_t<P>::weight>
 class FusedLora {
  public:

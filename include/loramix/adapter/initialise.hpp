@@ -2,11 +2,11 @@
 ///
 /// Computes:    what the adapter's start() asks for: uniform(−b, b), normal(0, variance), zero, a constant; purpose 3 of
 ///              MATH.md section 1, with site = FNV-1a-64 of "<site>.<parameter>".
-/// Writes:      every parameter of a host adapter. Device adapters are copies of host ones (gpu/adapter.cuh).
+/// Writes:      every parameter [rows, cols] of a host adapter. Device adapters are copies of host ones (gpu/adapter.cuh).
 /// Errors:      none.
 /// Cost:        one Philox block per 4 values.
 /// Determinism: bit for bit; normals up to the C library's log and cos.
-/// Example:     lm::initialise(lora, {.seed = 7, .site = "layers.0.mlp.up_proj"});
+/// Example:     examples/train
 #pragma once
 #include <cmath>
 
@@ -16,6 +16,7 @@
 namespace loramix {
 inline namespace LORAMIX_ABI {
 
+/// The seed and the module's name.
 struct InitialiseOptions {
   std::uint64_t seed = 0;
   const char* site = "";  // the module's name: modules with different names start differently
@@ -68,6 +69,7 @@ class Fill {
   InitialiseOptions options_;
 };
 
+/// Draws every parameter of `adapter` as its start() says.
 template <Adapter A>
   requires(A::space == Space::host)
 void initialise(A& adapter, const InitialiseOptions& options) {

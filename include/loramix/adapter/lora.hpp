@@ -8,7 +8,7 @@
 ///              (train/adamw.hpp).
 /// Determinism: adapter/forward.hpp
 /// Merge:       exact: W + s B A (adapter/merge.hpp).
-/// Example:     lm::Lora<float> lora({.d_in = 4096, .d_out = 11008, .rank = 16, .alpha = 32});
+/// Example:     examples/train
 #pragma once
 #include <cmath>
 
@@ -19,6 +19,7 @@
 namespace loramix {
 inline namespace LORAMIX_ABI {
 
+/// Sizes and scale; designated initialisers name them.
 struct LoraConfig {
   Index d_in = 0;
   Index d_out = 0;
@@ -57,6 +58,7 @@ inline const LoraConfig& checked(const char* op, const LoraConfig& config) {
 inline Index size_of(Index a, Index b) { return check::detail::product(a, b); }
 }  // namespace detail
 
+/// Owns A [r, d_in] and B [d_out, r].
 template <class P = float, Space S = Space::host, class T = typename precision_t<P>::weight>
 class Lora {
  public:

@@ -8,7 +8,7 @@
 ///              depends on the token does not compile: no exact merge exists.
 /// Cost:        2·R·d_in·d_out flop in double; the token holds a copy of W.
 /// Determinism: every element is one sum in rank order, whatever the threads.
-/// Example:     auto merged = lm::merge(be, lora, W);  …  merged.undo(W);  // bitwise as before
+/// Example:     examples/demo
 #pragma once
 #include <cmath>
 
@@ -102,6 +102,7 @@ inline void finish(MergeReport& total, Index elements) {
 
 }  // namespace detail
 
+/// Folds the adapter into `weights` [d_out, d_in].
 template <class Backend, ProductAdapter A, class T>
   requires(A::space == Space::host)
 Merged<T> merge(const Backend& be, const A& adapter, MatrixView<T> weights) {

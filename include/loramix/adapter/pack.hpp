@@ -2,7 +2,7 @@
 ///
 /// Computes:    the adapter's parameters in the accumulation type, in the order the kernels read; forward on the pack gives
 ///              the same bits as forward on the adapter.
-/// Reads:       every parameter, once. The pack is a copy: later changes of the adapter do not reach it.
+/// Reads:       every parameter [rows, cols], once. The pack is a copy: later changes of the adapter do not reach it.
 /// Writes:      nothing of the caller's.
 /// Errors:      require_current() refuses a pack whose adapter has changed since (a checksum of all bytes, host).
 /// Cost:        parameter_count values of the accumulation type; saves the widening of 16-bit weights in every call.
@@ -63,6 +63,7 @@ Packed<A> prepack(const Backend& be, const A& adapter, Pass pass = Pass::forward
   return Packed<A>(be, adapter);
 }
 
+/// Bytes of workspace of a forward on the pack.
 template <class Backend, ProductAdapter A>
 Index workspace_bytes(const Backend& be, const Packed<A>& packed, Index tokens) {
   return workspace_bytes(be, packed.values(), tokens);

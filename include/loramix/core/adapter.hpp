@@ -41,6 +41,7 @@ struct Shape {
   Index experts = 1;
 };
 
+/// What a call costs: operations, bytes of operands moved once, trainable values.
 struct Cost {
   double forward_flop = 0;
   double backward_flop = 0;
@@ -101,6 +102,7 @@ struct AnyField {
 };
 }  // namespace detail
 
+/// A value type with the members above.
 template <class A>
 concept Adapter = std::copy_constructible<A> && requires(A& adapter, const A& constant, typename A::Config& config) {
   typename A::precision;

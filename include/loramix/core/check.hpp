@@ -61,6 +61,7 @@ inline void same(const char* op, const char* argument, const char* what, Index g
        << " has " << what << " " << got << ", but " << expected << " is " << want);
 }
 
+/// A number that must not be below a bound.
 inline void at_least(const char* op, const char* argument, Index got, Index least) {
   if (got >= least) return;
   fail(detail::about(ErrorCode::value, op, argument) << " is " << got << ", must be at least " << least);

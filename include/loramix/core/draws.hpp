@@ -33,8 +33,10 @@ struct Key {
 /// No draws: dropout and noise are off, as in inference.
 inline constexpr Key no_draws{.on = false};
 
+/// Which stream of a token a draw comes from.
 enum class Purpose : std::uint32_t { dropout = 0, router_noise = 1, jitter = 2, initialisation = 3, sampling = 4 };
 
+/// A counter, or what it is turned into.
 struct PhiloxWords {
   std::uint32_t word[4];
 };
@@ -112,6 +114,7 @@ inline std::uint32_t dropout_p16(const char* op, double p) {
   return floor + (p * 65536.0 - floor >= 0.5 ? 1 : 0);
 }
 
+/// The dropout of a call; off where the key is.
 inline Dropout make_dropout(const char* op, double p, const Key& key) {
   const std::uint32_t p16 = dropout_p16(op, p);
   if (!key.on) return {};

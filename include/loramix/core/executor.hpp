@@ -20,6 +20,7 @@ struct AnyJob {
 };
 }  // namespace detail
 
+/// Anything with lanes() and run().
 template <class E>
 concept Executor = std::copy_constructible<E> && requires(const E& executor, detail::AnyJob job) {
   { executor.lanes() } -> std::convertible_to<Index>;

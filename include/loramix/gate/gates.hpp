@@ -18,7 +18,7 @@
 /// Errors:      shapes and ids are checked by the op that takes the form.
 /// Cost:        none.
 /// Determinism: nothing is drawn.
-/// Example:     lm::GateProduct{lm::RankPrefix<>{counts, by_task}, lm::RankScale<float>{law}}
+/// Example:     tests/gate
 #pragma once
 #include <concepts>
 #include <type_traits>
@@ -46,6 +46,7 @@ struct Slots {
   };
 };
 
+/// What is known of a gate at compile time.
 struct GateFacts {
   Sparsity sparsity;
   unsigned slots;

@@ -2,13 +2,13 @@
 ///
 /// Computes:    out[g, c] (+)= Σ_{t in group g} values[t, c], t ascending, in chunks of 256 tokens: every chunk is summed
 ///              by itself and the chunks are added in order.
+/// Source:      MATH.md section 6, invariance (dA, dB and gate gradients are sums over tokens: reproducible).
 /// Reads:       values [T, C]; groups of T tokens, or one group of all (Groups{} with out of one row).
 /// Writes:      out [groups, C] (Into::set), or adds to it (Into::add).
 /// Errors:      shapes; group ids on the host. A bad id on the device contributes nothing.
 /// Cost:        T·C additions per group that a token could belong to; no scratch.
 /// Determinism: the order above, whatever the threads.
-/// Source:      MATH.md section 6, invariance (dA, dB and gate gradients are sums over tokens: reproducible).
-/// Example:     cpu/product.hpp (gradient of a task gate)
+/// Example:     tests/gpu, tests/conformance
 #pragma once
 #include <loramix/gate/form.hpp>
 #include <loramix/ops/execute.hpp>
@@ -18,6 +18,7 @@ inline namespace LORAMIX_ABI {
 
 inline constexpr Index token_chunk = 256;
 
+/// The op.
 template <class Acc, class Out, Space S>
 struct ColumnSum {
   static constexpr const char* name = "column_sum";

@@ -4,7 +4,9 @@
 /// `execute_impl(backend, op, work)`, found by argument-dependent lookup in the backend's namespace;
 /// `scratch_bytes(backend, op)` runs the backend's carving code on a counting arena.
 ///
-/// Reads / Writes / Adds to: what the op's own header says.
+/// Computes:    what the op's own header says.
+/// Reads:       the op's views, all sizes of which are inside [0, 2^63 bytes).
+/// Writes:      the op's views, and scratch in the arena.
 /// Errors:      whatever op.check() finds; a workspace that is too small. All before the first write.
 /// Cost:        no allocation, ever; on the GPU no synchronisation.
 /// Determinism: ADR 0005: the same bits for any number of threads; the composed path also for any order of tokens.

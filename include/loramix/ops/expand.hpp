@@ -20,6 +20,7 @@
 namespace loramix {
 inline namespace LORAMIX_ABI {
 
+/// Forward.
 template <class Acc, class W, class Y, class Score, Space S, Major M>
 struct Expand {
   static constexpr const char* name = "expand";
@@ -43,6 +44,7 @@ struct Expand {
   }
 };
 
+/// Backward.
 template <class Acc, class W, class Y, class Score, class G, Space S, Major M>
 struct ExpandBackward {
   static constexpr const char* name = "expand_backward";

@@ -1,7 +1,8 @@
 /// Row operations: a body that a team of threads runs once per row, the same source on both devices.
 ///
 /// Computes:    body(team, t) for every t in [0, rows). The body is a struct with a LORAMIX_HD call operator.
-/// Reads / Writes / Adds to: what the body does. Rows must not touch each other's results.
+/// Reads:       what the body reads.
+/// Writes:      what the body writes; rows must not touch each other's results.
 /// Errors:      rows < 0.
 /// Cost:        no scratch.
 /// Determinism: a row's result depends on the team's width (CPU 1, GPU 32) and on nothing else.
@@ -13,6 +14,7 @@
 namespace loramix {
 inline namespace LORAMIX_ABI {
 
+/// The op.
 template <class Body, Space S>
 struct Rows {
   static constexpr const char* name = "rows";
@@ -23,6 +25,7 @@ struct Rows {
   void check() const { check::at_least(name, "rows", rows, 0); }
 };
 
+/// Runs `body` once per row.
 template <Space S, class Backend, class Body>
 void for_rows(const Backend& be, Index rows, const Body& body) {
   execute(be, Rows<Body, S>{rows, body}, Arena<S>{});

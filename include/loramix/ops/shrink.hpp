@@ -17,6 +17,7 @@
 namespace loramix {
 inline namespace LORAMIX_ABI {
 
+/// Forward.
 template <class X, class W, class Acc, class Score, Space S>
 struct Shrink {
   static constexpr const char* name = "shrink";
@@ -43,6 +44,7 @@ struct Shrink {
   }
 };
 
+/// Backward.
 template <class X, class W, class Acc, class Score, class G, Space S>
 struct ShrinkBackward {
   static constexpr const char* name = "shrink_backward";
