@@ -72,6 +72,10 @@ struct ProductOf {
   using State = typename state_of<Gate>::type;
   static constexpr Major major = decltype(std::declval<const A&>().B())::major;
   static constexpr bool computed = ComputedGate<Gate>;
+  static_assert(GivenGate<Gate> || computed,
+                "loramix: this adapter's gate() returns no gate: it needs static constexpr GateFacts facts and "
+                "form(tokens, ranks), or, if a router computes it, State, side(), carve(), form(state, tokens, ranks) "
+                "and gradient(state)");
 
   using ShrinkOp = Shrink<X, W, Acc, Score, space>;
   using ShrinkBackwardOp = ShrinkBackward<X, W, Acc, Score, G, space>;

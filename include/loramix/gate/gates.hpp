@@ -230,8 +230,11 @@ constexpr Sparsity sparsest(Sparsities... all) {
 }  // namespace detail
 
 /// g = Π g_i. Each factor fills slots of its own.
-template <GivenGate First, GivenGate... Rest>
+template <class First, class... Rest>
 struct GateProduct {
+  static_assert(GivenGate<First> && (GivenGate<Rest> && ...),
+                "loramix: a factor of this GateProduct is not a gate: it needs static constexpr GateFacts facts and "
+                "form(tokens, ranks) that returns a GateForm");
   static_assert(
       detail::slots_are_distinct(First::facts.slots, Rest::facts.slots...),
       "loramix: two factors of this GateProduct fill the same slot of the normal form; multiply them into one");

@@ -1,0 +1,3 @@
+#include <loramix/gate/gates.hpp>
+
+loramix::GateProduct<loramix::RankPrefix<>, loramix::RankScale<>> gate{{}, {}};
