@@ -1,0 +1,310 @@
+/// How fast a pass could be here and now: what every benchmark's floor/time is measured against.
+///
+/// Computes:    floor = Σ over passes of max(flop / FMA rate, time of the memory twin). The FMA rate is that of
+///              independent multiply-add chains in registers, on all lanes of the backend; the twin touches the pass's
+///              own operands and nothing else: it reads those that are read, reads and writes back, unchanged, those
+///              that are added to, in chunks over the same lanes.
+/// Parameters:  Traffic of each pass: spans [bytes] of host memory. A ring of several is gone round, call by call, as a
+///              benchmark on cold weights goes round its adapters.
+/// Errors:      none.
+/// Cost:        measure it in the same rounds as the work (bench/rounds.hpp): about 1.5 ms and one twin per pass each.
+/// Determinism: operands keep their bits.
+/// Example:     bench/instrument.cpp checks it on work whose cost is known.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include <loramix/bench/rounds.hpp>
+#include <loramix/core/views.hpp>
+
+namespace loramix {
+inline namespace LORAMIX_ABI {
+namespace bench {
+
+/// Contiguous memory.
+struct Span {
+  std::byte* data = nullptr;
+  Index bytes = 0;
+};
+
+/// The span of a contiguous matrix [rows, cols]; nothing is written through it where it is only read.
+template <class T, Space S, Major M>
+Span span_of(MatrixView<T, S, M> view) {
+  using Bytes = std::byte*;
+  return {reinterpret_cast<Bytes>(const_cast<std::remove_const_t<T>*>(view.data)),
+          view.rows * view.cols * static_cast<Index>(sizeof(T))};
+}
+template <class T, Space S>
+Span span_of(VectorView<T, S> view) {
+  return span_of(MatrixView<T, S>(view.data, 1, view.size));
+}
+
+/// What a pass must move at least.
+struct Traffic {
+  std::vector<Span> read;
+  std::vector<Span> updated;
+
+  Index bytes() const {
+    Index sum = 0;
+    for (const Span& s : read) sum += s.bytes;
+    for (const Span& s : updated) sum += 2 * s.bytes;
+    return sum;
+  }
+};
+
+namespace detail {
+
+/// A vector of `Bytes` bytes, in as many registers as it takes.
+template <class T, int Bytes>
+struct Packet {
+  typedef T type __attribute__((vector_size(Bytes), aligned(alignof(T)), may_alias));
+};
+
+/// Independent chains of c ← c · a + b, kept in registers. Returns something that depends on all of them.
+template <class T, int Bytes, std::size_t... I>
+T fma_chains(Index steps, T a, T b, std::index_sequence<I...>) {
+  typedef T Vector __attribute__((vector_size(Bytes)));
+  Vector chain[sizeof...(I)];
+  ((chain[I] = Vector{} + T(I)), ...);
+  const Vector va = Vector{} + a, vb = Vector{} + b;
+  for (Index step = 0; step < steps; ++step) ((chain[I] = chain[I] * va + vb), ...);
+  Vector sum = chain[0];
+  ((sum += chain[I]), ...);
+  T total{};
+  for (int i = 0; i < Bytes / static_cast<int>(sizeof(T)); ++i) total += sum[i];
+  return total;
+}
+
+/// One way to issue multiply-adds; which is fastest depends on the machine's registers.
+template <class T>
+struct FmaKernel {
+  T (*run)(Index steps, T a, T b);
+  double flop_per_step;
+};
+template <class T, int Bytes, int Chains>
+T fma_run(Index steps, T a, T b) {
+  return fma_chains<T, Bytes>(steps, a, b, std::make_index_sequence<Chains>{});
+}
+template <class T, int Bytes, int Chains>
+constexpr FmaKernel<T> fma_kernel() {
+  return {&fma_run<T, Bytes, Chains>, 2.0 * Chains * Bytes / static_cast<int>(sizeof(T))};
+}
+
+/// What the compiler must not know, and what it must believe is used.
+template <class T>
+struct Opaque {
+  static inline volatile T ratio = T(0.999), step = T(0.001), sink = T(0);
+};
+
+template <class T>
+const FmaKernel<T>& fastest_fma() {
+  static const FmaKernel<T> best = [] {
+    const FmaKernel<T> kernels[] = {fma_kernel<T, 16, 12>(), fma_kernel<T, 32, 12>(), fma_kernel<T, 64, 12>(),
+                                    fma_kernel<T, 16, 24>(), fma_kernel<T, 64, 24>()};
+    FmaKernel<T> fastest = kernels[0];
+    double rate = 0;
+    for (int repeat = 0; repeat < 5; ++repeat) {
+      for (const FmaKernel<T>& k : kernels) {
+        const Index steps = 20000;
+        const double s = seconds_of([&] { Opaque<T>::sink = k.run(steps, Opaque<T>::ratio, Opaque<T>::step); }, 1);
+        const double got = k.flop_per_step * static_cast<double>(steps) / s;
+        if (got > rate) rate = got, fastest = k;
+      }
+    }
+    return fastest;
+  }();
+  return best;
+}
+
+using Word = Packet<std::uint64_t, 64>::type;
+
+inline std::uint64_t read_bytes(const std::byte* p, Index bytes) {
+  Word sum[4] = {};
+  Index i = 0;
+  for (; i + 256 <= bytes; i += 256) {
+    const Word* const w = reinterpret_cast<const Word*>(p + i);
+    sum[0] ^= w[0], sum[1] ^= w[1], sum[2] ^= w[2], sum[3] ^= w[3];
+  }
+  std::uint64_t total = 0;
+  for (; i < bytes; ++i) total += static_cast<std::uint64_t>(p[i]);
+  sum[0] ^= sum[1] ^ sum[2] ^ sum[3];
+  for (int k = 0; k < 8; ++k) total ^= sum[0][k];
+  return total;
+}
+/// p ^= mask; the mask is 0, which the compiler does not know.
+inline void update_bytes(std::byte* p, Index bytes, std::uint64_t mask) {
+  const Word m = Word{} ^ mask;
+  Index i = 0;
+  for (; i + 256 <= bytes; i += 256) {
+    Word* const w = reinterpret_cast<Word*>(p + i);
+    w[0] ^= m, w[1] ^= m, w[2] ^= m, w[3] ^= m;
+  }
+  for (; i < bytes; ++i) p[i] ^= static_cast<std::byte>(mask & 255u);
+}
+
+}  // namespace detail
+
+/// Multiply-adds on all lanes.
+class FmaProbe {
+ public:
+  /// T: the type in which the work's products are summed.
+  template <class T, class Backend>
+  static FmaProbe of(const Backend& be) {
+    const detail::FmaKernel<T> kernel = detail::fastest_fma<T>();
+    const Index jobs = 32 * be.lanes(), steps = 20000;
+    FmaProbe probe;
+    probe.flop_ = kernel.flop_per_step * static_cast<double>(jobs * steps);
+    probe.call_ = [be, kernel, jobs] {
+      be.run(jobs, [&kernel](Index, Index) {
+        using Values = detail::Opaque<T>;
+        const T got = kernel.run(steps, Values::ratio, Values::step);
+        if (got == T(-1)) Values::sink = got;  // never: chains tend to 1
+      });
+    };
+    return probe;
+  }
+
+  double flop() const { return flop_; }
+  void operator()() const { call_(); }
+
+ private:
+  double flop_ = 0;
+  std::function<void()> call_;
+};
+
+/// Moves a pass's operands, and does nothing else.
+class MemoryTwin {
+ public:
+  template <class Backend>
+  MemoryTwin(const Backend& be, std::vector<Traffic> ring)
+      : run_([be](Index n, const std::function<void(Index)>& f) { be.run(n, [&f](Index job, Index) { f(job); }); }) {
+    for (const Traffic& traffic : ring) plans_.push_back(plan(traffic, be.lanes()));
+  }
+
+  void operator()() {
+    const std::vector<Piece>& pieces = plans_[next_];
+    next_ = next_ + 1 == plans_.size() ? 0 : next_ + 1;
+    run_(static_cast<Index>(pieces.size()), [&pieces](Index job) {
+      const Piece& piece = pieces[static_cast<std::size_t>(job)];
+      if (piece.updated) {
+        detail::update_bytes(piece.span.data, piece.span.bytes, detail::Opaque<std::uint64_t>::sink);
+      } else if (detail::read_bytes(piece.span.data, piece.span.bytes) == 1) {
+        detail::Opaque<std::uint64_t>::step = 1;
+      }
+    });
+  }
+
+ private:
+  struct Piece {
+    Span span;
+    bool updated;
+  };
+  static std::vector<Piece> plan(const Traffic& traffic, Index lanes) {
+    // Small enough to balance the lanes, large enough for the prefetcher, and 4 KB at least.
+    const Index share = traffic.bytes() / (8 * lanes) / 4096 * 4096;
+    const Index chunk = lanes == 1 ? INT64_MAX : std::clamp(share, Index{4096}, Index{1} << 18);
+    std::vector<Piece> pieces;
+    const auto cut = [&](const Span& span, bool updated) {
+      for (Index at = 0; at < span.bytes; at += std::min(chunk, span.bytes - at)) {
+        pieces.push_back({{span.data + at, std::min(chunk, span.bytes - at)}, updated});
+      }
+    };
+    for (const Span& span : traffic.read) cut(span, false);
+    for (const Span& span : traffic.updated) cut(span, true);
+    return pieces;
+  }
+
+  std::function<void(Index, const std::function<void(Index)>&)> run_;
+  std::vector<std::vector<Piece>> plans_;
+  std::size_t next_ = 0;
+};
+
+/// One pass: what it computes and what it moves.
+struct PassCost {
+  double flop = 0;
+  std::vector<Traffic> traffic;  // the ring
+};
+
+/// The floor of a sequence of passes.
+class Floor {
+ public:
+  template <class T, class Backend>
+  static Floor of(const Backend& be, const std::vector<PassCost>& passes) {
+    Floor floor{FmaProbe::of<T>(be)};
+    for (const PassCost& pass : passes) floor.passes_.push_back({pass.flop, MemoryTwin(be, pass.traffic)});
+    return floor;
+  }
+
+  /// What takes part in the rounds: the FMA probe, then the passes' twins.
+  std::vector<Contender> contenders() const {
+    std::vector<Contender> all{{"fma", fma_}};
+    for (const Pass& pass : passes_) all.push_back({"twin", pass.twin});
+    return all;
+  }
+
+  /// The floor in each round, given that contenders() stand at `first` there. `flop_share`, where wanted, is set to the
+  /// part of the floor that multiply-adds determine, in the median.
+  std::vector<double> seconds(const Rounds& rounds, std::size_t first, double* flop_share = nullptr) const {
+    std::vector<double> floors(rounds.seconds[first].size()), shares(floors.size());
+    for (std::size_t r = 0; r < floors.size(); ++r) {
+      const double rate = fma_.flop() / rounds.seconds[first][r];
+      double total = 0, computing = 0;
+      for (std::size_t p = 0; p < passes_.size(); ++p) {
+        const double compute = passes_[p].flop / rate, move = rounds.seconds[first + 1 + p][r];
+        total += move >= compute ? move : compute;
+        computing += move >= compute ? 0 : compute;
+        if (std::isnan(move)) total = move;
+      }
+      floors[r] = total;
+      shares[r] = computing / total;
+    }
+    if (flop_share != nullptr) *flop_share = summary(shares).median;
+    return floors;
+  }
+  double fma_rate(const Rounds& rounds, std::size_t first) const { return fma_.flop() / rounds.time(first).median; }
+
+ private:
+  struct Pass {
+    double flop;
+    MemoryTwin twin;
+  };
+  explicit Floor(FmaProbe fma) : fma_(std::move(fma)) {}
+
+  FmaProbe fma_;
+  std::vector<Pass> passes_;
+};
+
+/// One row of a benchmark.
+struct Measurement {
+  Ratio time;                                         // seconds per call
+  Ratio floor;                                        // floor / time
+  double flop_share;                                  // how much of the floor is multiply-adds; the rest is memory
+  double fma_rate;                                    // flop/s of the probe, all lanes
+  std::vector<std::pair<std::string, Ratio>> others;  // time of each other contender / time of the work
+};
+
+/// Times `work` beside its floor and beside others, in the same rounds.
+inline Measurement measure(const std::function<void()>& work, const Floor& floor,
+                           const std::vector<Contender>& others = {}, const RoundOptions& options = {}) {
+  std::vector<Contender> all{{"work", work}};
+  for (Contender& c : floor.contenders()) all.push_back(std::move(c));
+  const std::size_t first_other = all.size();
+  all.insert(all.end(), others.begin(), others.end());
+  const Rounds rounds = interleave(all, options);
+
+  Measurement m;
+  m.time = rounds.time(0);
+  m.fma_rate = floor.fma_rate(rounds, 1);
+  std::vector<double> ratios = floor.seconds(rounds, 1, &m.flop_share);
+  for (std::size_t r = 0; r < ratios.size(); ++r) ratios[r] /= rounds.seconds[0][r];
+  m.floor = summary(std::move(ratios));
+  for (std::size_t i = 0; i < others.size(); ++i) {
+    m.others.emplace_back(others[i].name, rounds.ratio(first_other + i, 0));
+  }
+  return m;
+}
+
+}  // namespace bench
+}  // namespace LORAMIX_ABI
+}  // namespace loramix
