@@ -145,11 +145,13 @@ class GateRow {
     }
     return -1;
   }
-  /// The expert in place k, or −1 for none or a bad id.
+  /// The expert in place k, or −1 for none or a bad id: out of range, or in an earlier place already.
   LORAMIX_HD Index expert_at(Index k) const {
     const Index e = covered_ ? form_.ids(id_row_, k) : -1;
-    if (e >= form_.experts || e < -1) flag(&StatusFlags::bad_expert_id);
-    return e >= 0 && e < form_.experts ? e : Index{-1};
+    if (e == -1) return -1;
+    if (e >= 0 && e < form_.experts && slot(e) == k) return e;
+    flag(&StatusFlags::bad_expert_id);
+    return -1;
   }
   LORAMIX_HD bool covered() const { return covered_; }
 
@@ -158,7 +160,7 @@ class GateRow {
     if (!present) return 0;
     const Index group = groups.of(t_);
     if (group >= 0 && group < rows) return group;
-    if (group != -1) flag(&StatusFlags::bad_group_id);
+    if (group != -1 || groups.offsets != nullptr) flag(&StatusFlags::bad_group_id);  // segments cover every token
     covered_ = false;
     return 0;
   }

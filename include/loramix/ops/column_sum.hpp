@@ -5,7 +5,8 @@
 /// Source:      MATH.md section 6, invariance (dA, dB and gate gradients are sums over tokens: reproducible).
 /// Reads:       values [T, C]; groups of T tokens, or one group of all (Groups{} with out of one row).
 /// Writes:      out [groups, C] (Into::set), or adds to it (Into::add).
-/// Errors:      shapes; group ids on the host. A bad id on the device contributes nothing.
+/// Errors:      shapes; group ids on the host. On the device a bad id, or the part of a
+///              segment outside [0, T), contributes nothing.
 /// Cost:        T·C additions per group that a token could belong to; no scratch.
 /// Determinism: the order above, whatever the threads.
 /// Example:     tests/gpu, tests/conformance
@@ -43,7 +44,9 @@ struct ColumnSum {
   LORAMIX_HD void block(Index g, Index c, Index n) const {
     Acc total[N] = {}, chunk[N] = {};
     const bool segments = groups.offsets != nullptr;
-    const Index begin = segments ? groups.offsets[g] : 0, end = segments ? groups.offsets[g + 1] : values.rows;
+    Index begin = segments ? groups.offsets[g] : 0, end = segments ? groups.offsets[g + 1] : values.rows;
+    if (begin < 0) begin = 0;  // device offsets were not checked
+    if (end > values.rows) end = values.rows;
     for (Index t = begin; t < end; ++t) {
       if (groups.ids == nullptr || groups.ids[t] == g) {
         for (Index i = 0; i < n; ++i) chunk[i] += values(t, c + i);

@@ -55,8 +55,8 @@ struct ExpandBackward {
   Acc scale = Acc(1);
   MatrixView<const Y, S> dy;     // [T, d_out]
   MatrixView<Acc, S> du;         // [T, R_a]
-  MatrixView<G, S, M> dB;        // [d_out, R] or empty
-  GateGradient<Score, S> dgate;  // views or empty
+  MatrixView<G, S, M> dB{};      // [d_out, R] or empty
+  GateGradient<Score, S> dgate{}; // views or empty
   Into parameters = Into::add;   // dB and rank_scale
   Into gate_values = Into::add;  // the other slots
 

@@ -55,9 +55,9 @@ struct ShrinkBackward {
   Dropout dropout;
   MatrixView<const Acc, S> du;    // [T, R_a]
   MatrixView<const Score, S> dh;  // [T, n]
-  MatrixView<G, S> dA;            // [R_a, d_in] or empty
-  MatrixView<G, S> dside;         // [n, d_in] or empty
-  MatrixView<X, S> dx;            // [T, d_in] or empty
+  MatrixView<G, S> dA{};          // [R_a, d_in] or empty
+  MatrixView<G, S> dside{};       // [n, d_in] or empty
+  MatrixView<X, S> dx{};          // [T, d_in] or empty
   Into parameters = Into::add;
   Into input = Into::add;
 
