@@ -5,6 +5,7 @@
 ///                flop/s, bytes/s   adapter.cost(tokens) over the median time
 ///                floor/time        1 is the limit (bench/floor.hpp); median of 30 rounds (15 over 50 ms) in which the
 ///                                  same passes, the FMA probe and the memory twin are timed side by side
+///                disturbed         share of samples in which the process was preempted: 0 on a quiet machine
 ///                scratch           bytes of workspace; with backward also reserve, what forward leaves for it
 ///              and, as label, the path the backend chose and what bounds the floor.
 /// Parameters:  x [T, d_in], y [T, d_out], dy, dx, arenas, and the adapter at Adapter::Config::of(shape), or as given;
@@ -142,6 +143,7 @@ class Case {
     state.counters["flop/s"] = flop / m.time.median;
     state.counters["bytes/s"] = bytes / m.time.median;
     state.counters["floor/time"] = m.floor.median;
+    state.counters["disturbed"] = m.disturbed;
     state.counters["scratch"] = static_cast<double>(work_.size());
     if (!options_.inference) state.counters["reserve"] = static_cast<double>(reserve_.size());
     const char* const bound = m.flop_share > 0.5 ? "floor: flop" : "floor: memory";

@@ -277,10 +277,11 @@ class Floor {
 
 /// One row of a benchmark.
 struct Measurement {
-  Ratio time;                                         // seconds per call
-  Ratio floor;                                        // floor / time
-  double flop_share;                                  // how much of the floor is multiply-adds; the rest is memory
-  double fma_rate;                                    // flop/s of the probe, all lanes
+  Ratio time;         // seconds per call
+  Ratio floor;        // floor / time
+  double flop_share;  // how much of the floor is multiply-adds; the rest is memory
+  double fma_rate;    // flop/s of the probe, all lanes
+  double disturbed;   // share of samples in which the process was preempted: near 0, or do not trust the row
   std::vector<std::pair<std::string, Ratio>> others;  // time of each other contender / time of the work
 };
 
@@ -295,6 +296,7 @@ inline Measurement measure(const std::function<void()>& work, const Floor& floor
 
   Measurement m;
   m.time = rounds.time(0);
+  m.disturbed = rounds.disturbed;
   m.fma_rate = floor.fma_rate(rounds, 1);
   std::vector<double> ratios = floor.seconds(rounds, 1, &m.flop_share);
   for (std::size_t r = 0; r < ratios.size(); ++r) ratios[r] /= rounds.seconds[0][r];
