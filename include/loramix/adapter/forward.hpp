@@ -11,6 +11,7 @@
 /// Determinism: ADR 0005. Saving, packing and the number of threads never change a bit of y.
 /// Example:     examples/engine, examples/train
 #pragma once
+#include <initializer_list>
 #include <type_traits>
 #include <utility>
 
@@ -33,6 +34,11 @@ struct ForwardOptions {
   Keep keep = Keep::z;
   Into into = Into::add;     // y
   bool dropout_off = false;  // saving without draws though the adapter has dropout, on purpose
+  // What the batch says of its tokens, for routers and losses that ask (gate/batch.hpp).
+  Groups<S> sequences{};
+  Groups<S> tasks{};
+  VectorView<const std::int32_t, S> labels{};  // [sequences]
+  VectorView<const std::uint8_t, S> valid{};   // [T]
 };
 
 /// Whether backward adds to gradients or assigns them.
@@ -40,10 +46,6 @@ struct BackwardOptions {
   Into parameters = Into::add;
   Into input = Into::add;
 };
-
-/// Given instead of a gradient: the parameters are frozen, only dx is wanted.
-struct Frozen {};
-inline constexpr Frozen frozen{};
 
 namespace detail {
 
@@ -88,15 +90,18 @@ struct ProductOf {
     else
       return {};
   }
-  static GateForm<Score, space> form(const Gate& gate, const State& state, Index tokens, Index ranks) {
-    if constexpr (computed)
-      return gate.form(state, tokens, ranks);
-    else
-      return gate.form(tokens, ranks);
+  static GateForm<Score, space> form(const Gate& gate, const State& state, const GateCall<space>& call, Index ranks) {
+    if constexpr (computed) {
+      auto form = gate.form(state, call, ranks);
+      form.computed = true;
+      return form;
+    } else {
+      return gate.form(call.tokens, ranks);
+    }
   }
 };
 
-/// Row bodies of a computed gate.
+/// Row bodies of a computed gate that is written row by row.
 template <class Gate, class Score, Space S>
 struct GateForward {
   Gate gate;
@@ -118,6 +123,36 @@ struct GateBackward {
     gate.backward_row(team, t, h.row(t), state, dstate, dh.row(t));
   }
 };
+
+/// The row stage, in whichever of its two forms the gate is written.
+template <class Backend, class Gate, class Score, Space S, class State>
+void run_gate(const Backend& be, const Gate& gate, MatrixView<Score, S> h, const State& state, const GateCall<S>& call,
+              Arena<S> work) {
+  if constexpr (requires { gate.forward(be, h, state, call, work); }) {
+    gate.forward(be, h, state, call, work);
+  } else {
+    for_rows<S>(be, call.tokens, GateForward<Gate, Score, S>{gate, h, state});
+  }
+}
+template <class Backend, class Gate, class Score, Space S, class State, class GradientGate>
+void run_gate_backward(const Backend& be, const Gate& gate, MatrixView<Score, S> h, const State& state,
+                       const State& dstate, MatrixView<Score, S> dh, const GateCall<S>& call,
+                       const GradientGate& gradient, Into into, Arena<S> work) {
+  if constexpr (requires { gate.backward(be, h, state, dstate, dh, call, gradient, into, work); }) {
+    gate.backward(be, h, state, dstate, dh, call, gradient, into, work);
+  } else {
+    for_rows<S>(be, call.tokens, GateBackward<Gate, Score, S>{gate, h, state, dstate, dh});
+  }
+}
+/// Bytes of workspace of either.
+template <class Backend, class Gate>
+Index gate_scratch(const Backend& be, const Gate& gate, Index tokens) {
+  if constexpr (requires { gate.scratch(be, tokens); })
+    return gate.scratch(be, tokens);
+  else
+    return 0;
+}
+
 /// Row body: out[t, :] = in[t, :], or 0 without an input.
 template <class T, Space S>
 struct CopyRow {
@@ -155,6 +190,7 @@ struct Saved {
   MatrixView<typename Types::Score, A::space> h;   // [T, n] side rows: a router's logits
   MatrixView<typename Types::Score, A::space> dh;  // [T, n] their gradient from elsewhere: losses add to it
   typename Types::State state{};                   // a computed gate's values
+  GateCall<A::space> call;                         // what the batch said
   const void* owner = nullptr;                     // parameters this belongs to
   std::uint64_t weights = 0;                       // checksum, in debug builds
   bool live = false;
@@ -173,9 +209,15 @@ Saved<A> carve_saved(Arena<A::space>& arena, const A& adapter, Index tokens, boo
     const auto gate = adapter.gate();
     saved.h = arena.template matrix<typename T::Score>(tokens, gate.side().rows);
     if (with_dh) saved.dh = arena.template matrix<typename T::Score>(tokens, gate.side().rows);
-    saved.state = gate.carve(arena, tokens);
+    saved.state = gate.carve(arena, tokens, with_dh);
   }
   return saved;
+}
+
+inline Index largest(std::initializer_list<Index> all) {
+  Index most = 0;
+  for (const Index bytes : all) most = bytes > most ? bytes : most;
+  return most;
 }
 
 template <class A, class Backend>
@@ -186,8 +228,7 @@ Index stage_bytes(const Backend& be, const A& adapter, Index tokens) {
   shrink.dropout.p16 = 1;  // the larger of the two sizes: a query does not depend on the call's draws
   const typename T::ExpandOp expand{
       {nullptr, tokens, adapter.A().rows}, {}, adapter.B(), {}, {nullptr, tokens, adapter.B().rows}};
-  const Index a = scratch_bytes(be, shrink), b = scratch_bytes(be, expand);
-  return a > b ? a : b;
+  return largest({scratch_bytes(be, shrink), scratch_bytes(be, expand), gate_scratch(be, gate, tokens)});
 }
 
 /// What a size query adds for alignment is not needed inside an arena.
@@ -201,12 +242,10 @@ template <class A>
 auto form_for_sizes(const A& adapter, Index tokens) {
   using T = ProductOf<A>;
   const auto gate = adapter.gate();
-  if constexpr (T::computed) {
-    Arena<A::space> counter = Arena<A::space>::counting();
-    return gate.form(gate.carve(counter, tokens), tokens, adapter.B().cols);
-  } else {
-    return gate.form(tokens, adapter.B().cols);
-  }
+  typename T::State state{};
+  Arena<A::space> counter = Arena<A::space>::counting();
+  if constexpr (T::computed) state = gate.carve(counter, tokens, false);
+  return T::form(gate, state, {.tokens = tokens}, adapter.B().cols);
 }
 
 }  // namespace detail
@@ -240,14 +279,13 @@ Index workspace_bytes(const Backend& be, const A& adapter, Index tokens, Pass pa
   if (T::Gate::facts.slots & Slots::id_weights) dgate.id_weights = {wanted, form.ids.rows, form.ids.cols};
   if (T::Gate::facts.slots & Slots::multiplier) dgate.multiplier = {wanted, form.multiplier.size};
   if (T::Gate::facts.slots & Slots::rank_scale) dgate.rank_scale = {wanted, form.rank_scale.size};
-  if constexpr (T::computed) gate.carve(counter, tokens);  // dstate
+  if constexpr (T::computed) gate.carve(counter, tokens, false);  // dstate
   const typename T::ExpandBackwardOp expand{u,  form, adapter.B(), {}, {nullptr, tokens, adapter.B().rows},
                                             du, {},   dgate};
   const typename T::ShrinkBackwardOp shrink{adapter.A(), T::side(gate), {nullptr, tokens, adapter.A().cols}, {}, du,
                                             dh};
-  const Index a = scratch_bytes(be, expand), b = scratch_bytes(be, shrink);
-  const Index backward = a > b ? a : b;
-  return Memory::with_alignment(counter.used() + (backward > stages ? backward : stages));
+  return Memory::with_alignment(counter.used() +
+                                detail::largest({stages, scratch_bytes(be, expand), scratch_bytes(be, shrink)}));
 }
 
 /// Bytes of reserve that a saving forward with at most `tokens` tokens takes; Keep says per token what it costs.
@@ -267,6 +305,7 @@ Dropout begin_forward(const Backend& be, const A& adapter, X x, const Arena<A::s
                       const ForwardOptions<A::space>& options) {
   const char* const op = "forward";
   check::view(op, "x", x);
+  if (!options.valid.empty()) check::same(op, "valid", "size", options.valid.size, "the number of tokens", x.rows);
   const Dropout dropout = make_dropout(op, adapter.dropout(), options.key);
   if (options.save != nullptr) {
     if (adapter.dropout() > 0 && !options.key.on && !options.dropout_off) {
@@ -311,7 +350,7 @@ void begin_backward(const Backend& be, const A& adapter, const Saved& saved, X x
 /// Whether parameters are trained; refuses anything but the adapter's own gradient or lm::frozen.
 template <class A, class Gradient>
 constexpr bool check_gradient_type() {
-  constexpr bool trained = !std::is_same_v<std::remove_const_t<Gradient>, Frozen>;
+  constexpr bool trained = !is_frozen<Gradient>;
   static_assert(!trained || std::is_same_v<Gradient, gradient_t<A>>,
                 "loramix: backward's gradient must be lm::zeros_like(adapter) or lm::frozen");
   return trained;
@@ -330,20 +369,23 @@ Saved<A> forward(const Backend& be, const A& adapter, MatrixView<const typename 
   const bool save = options.save != nullptr, keep_u = save && options.keep == Keep::z;
   const Dropout dropout = detail::begin_forward(be, adapter, x, work, options);
 
+  const GateCall<A::space> call{tokens, {options.sequences, options.tasks, options.labels, options.valid}, options.key};
+  if constexpr (requires { gate.check("forward", call); }) gate.check("forward", call);
+
   Arena<A::space> reserve = save ? *options.save : Arena<A::space>{};
   Saved<A> saved = detail::carve_saved(save ? reserve : work, adapter, tokens, save ? keep_u : true, save);
+  saved.call = call;
   const auto u = save && !keep_u ? work.template matrix<typename T::Acc>(tokens, adapter.A().rows) : saved.u;
   const typename T::ShrinkOp shrink{adapter.A(), T::side(gate), x, dropout, u, saved.h};
   const typename T::ExpandOp expand{
-      u, T::form(gate, saved.state, tokens, ranks), adapter.B(), typename T::Acc(adapter.scale()), y, options.into};
+      u, T::form(gate, saved.state, call, ranks), adapter.B(), typename T::Acc(adapter.scale()), y, options.into};
   check::disjoint("forward", "y", y, "x", x);
   shrink.check();
   expand.check();
 
   detail::run_checked(be, shrink, work);
   if constexpr (T::computed) {
-    using Body = detail::GateForward<typename T::Gate, typename T::Score, A::space>;
-    for_rows<A::space>(be, tokens, Body{gate, saved.h, saved.state});
+    detail::run_gate(be, gate, saved.h, saved.state, call, work);
     if (save) for_rows<A::space>(be, tokens, detail::CopyRow<typename T::Score, A::space>{{}, saved.dh});
   }
   detail::run_checked(be, expand, work);
@@ -373,7 +415,7 @@ void backward(const Backend& be, const A& adapter, Saved<A>& saved,
   const auto du = work.template matrix<typename T::Acc>(tokens, adapter.A().rows);
   typename T::State dstate{};
   typename T::ExpandBackwardOp expand{u,
-                                      T::form(gate, saved.state, tokens, ranks),
+                                      T::form(gate, saved.state, saved.call, ranks),
                                       adapter.B(),
                                       typename T::Acc(adapter.scale()),
                                       dy,
@@ -387,11 +429,11 @@ void backward(const Backend& be, const A& adapter, Saved<A>& saved,
     check::same("backward", "grad", "size", grad.parameters().size, "the adapter's", adapter.parameters().size);
     shrink.dA = grad.A();
     expand.dB = grad.B();
-    if constexpr (T::computed) shrink.dside = grad.side();
+    if constexpr (T::computed) shrink.dside = grad.gate().side();
     if constexpr (requires { grad.gate_gradient(); }) expand.dgate = grad.gate_gradient();
   }
   if constexpr (T::computed) {
-    dstate = gate.carve(work, tokens);
+    dstate = gate.carve(work, tokens, false);
     expand.dgate = gate.gradient(dstate);
     expand.gate_values = Into::set;
   }
@@ -401,8 +443,14 @@ void backward(const Backend& be, const A& adapter, Saved<A>& saved,
   if (recompute) detail::run_checked(be, typename T::ShrinkOp{adapter.A(), {}, x, saved.dropout, u, {}}, work);
   detail::run_checked(be, expand, work);
   if constexpr (T::computed) {
-    using Body = detail::GateBackward<typename T::Gate, typename T::Score, A::space>;
-    for_rows<A::space>(be, tokens, Body{gate, saved.h, saved.state, dstate, saved.dh});
+    const auto gradient = [&] {
+      if constexpr (trained)
+        return grad.gate();
+      else
+        return frozen;
+    }();
+    detail::run_gate_backward(be, gate, saved.h, saved.state, dstate, saved.dh, saved.call, gradient,
+                              options.parameters, work);
   }
   detail::run_checked(be, shrink, work);
   saved.live = false;

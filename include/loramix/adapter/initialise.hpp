@@ -27,12 +27,18 @@ class Fill {
  public:
   explicit Fill(const InitialiseOptions& options) : options_(options) {}
 
+  /// U(low, high).
   template <class T, Major M>
-  void uniform(const char* name, MatrixView<T, Space::host, M> v, double bound) const {
+  void uniform(const char* name, MatrixView<T, Space::host, M> v, double low, double high) const {
     const std::uint64_t key = key_of(name);
     each(v, [&](Index i, Index j) {
-      return bound * (2 * draw_uniform(key, Purpose::initialisation, static_cast<std::uint64_t>(i), j) - 1);
+      return low + (high - low) * draw_uniform(key, Purpose::initialisation, static_cast<std::uint64_t>(i), j);
     });
+  }
+  /// U(−bound, bound).
+  template <class T, Major M>
+  void uniform(const char* name, MatrixView<T, Space::host, M> v, double bound) const {
+    uniform(name, v, -bound, bound);
   }
   template <class T, Major M>
   void normal(const char* name, MatrixView<T, Space::host, M> v, double variance) const {

@@ -54,6 +54,13 @@ inline const LoraConfig& checked(const char* op, const LoraConfig& config) {
   dropout_p16(op, config.dropout);
   return config;
 }
+/// The same for a mixture: `experts` of `rank` each.
+template <class Config>
+const Config& checked_mixture(const char* op, const Config& config) {
+  checked(op, LoraConfig{config.d_in, config.d_out, config.rank, config.alpha, config.dropout});
+  check::at_least(op, "experts", config.experts, 1);
+  return config;
+}
 /// a · b for parameter sizes; −1 (refused by Parameters) where it overflows.
 inline Index size_of(Index a, Index b) { return check::detail::product(a, b); }
 }  // namespace detail

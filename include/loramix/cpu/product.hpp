@@ -10,6 +10,7 @@
 #include <loramix/cpu/rows.hpp>
 #include <loramix/ops/expand.hpp>
 #include <loramix/ops/shrink.hpp>
+#include <loramix/ops/token_product.hpp>
 
 namespace loramix {
 inline namespace LORAMIX_ABI {
@@ -402,6 +403,27 @@ void execute_impl(const Backend<E>& be, const ExpandBackward<Acc, W, Y, Score, G
     token_product(lane, MatrixView<const Acc>(gated), tokens, job / columns * rank_block, job % columns * tile_cols,
                   op.scale, op.dB.transposed(), op.parameters,
                   [&](Index t, Index c, Index n) { load_tile(op.dy, t, c, n, lane.tile, tile_cols); });
+  });
+}
+
+// ---- token product ------------------------------------------------------------------------------------------------
+
+template <class E, class Acc, class Out>
+Index scratch_impl(const Backend<E>& be, const TokenProduct<Acc, Out, Space::host>&) {
+  return carved_bytes<Space::host>([&](Arena<>& arena) {
+    detail::Lanes<Acc>(arena, be.lanes(), {.result = detail::rank_block * detail::tile_cols});
+  });
+}
+
+template <class E, class Acc, class Out>
+void execute_impl(const Backend<E>& be, const TokenProduct<Acc, Out, Space::host>& op, Arena<> work) {
+  using namespace detail;
+  const Lanes<Acc> lanes(work, be.lanes(), {.result = rank_block * tile_cols});
+  const Index columns = blocks_of(op.out.cols, tile_cols);
+  be.run(columns * blocks_of(op.out.rows, rank_block), [&](Index job, Index lane_id) {
+    const Lane<Acc> lane = lanes[lane_id];
+    token_product(lane, op.left, op.left.rows, job / columns * rank_block, job % columns * tile_cols, Acc(1), op.out,
+                  op.into, [&](Index t, Index c, Index n) { load_tile(op.right, t, c, n, lane.tile, tile_cols); });
   });
 }
 

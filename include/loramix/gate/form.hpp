@@ -25,28 +25,43 @@
 namespace loramix {
 inline namespace LORAMIX_ABI {
 
-/// Which group a token belongs to: its own (default), ids[t], or the segment [offsets[g], offsets[g+1]) around it.
+/// Which group a token belongs to: its own (default), ids[t], or the segment [offsets[i], offsets[i+1]) around it, which is
+/// its own group or belongs to group of_segment[i] (a sequence's task).
 template <Space S = Space::host>
 struct Groups {
-  const std::int32_t* ids = nullptr;  // [T], −1 = none
-  const Index* offsets = nullptr;     // [count + 1], ascending from 0 to T
-  Index count = 0;                    // groups; with neither ids nor offsets: one per token
+  const std::int32_t* ids = nullptr;         // [T], −1 = none
+  const Index* offsets = nullptr;            // [segments + 1], ascending from 0 to T
+  Index count = 0;                           // groups; with neither ids nor offsets: one per token
+  Index segments = 0;                        // of offsets
+  const std::int32_t* of_segment = nullptr;  // [segments], −1 = none; null: every segment is a group
 
-  static constexpr Groups by_id(const std::int32_t* ids_, Index count_) { return {ids_, nullptr, count_}; }
-  static constexpr Groups by_segment(const Index* offsets_, Index count_) { return {nullptr, offsets_, count_}; }
+  static constexpr Groups by_id(const std::int32_t* ids_, Index count_) { return {ids_, nullptr, count_, 0, nullptr}; }
+  static constexpr Groups by_segment(const Index* offsets_, Index count_) {
+    return {nullptr, offsets_, count_, count_, nullptr};
+  }
+  /// Group of segment i is of_segment[i] in [0, count).
+  static constexpr Groups by_segment(const Index* offsets_, Index segments_, const std::int32_t* of_segment_,
+                                     Index count_) {
+    return {nullptr, offsets_, count_, segments_, of_segment_};
+  }
 
   LORAMIX_HD constexpr bool per_token() const { return ids == nullptr && offsets == nullptr; }
   LORAMIX_HD constexpr Index size(Index tokens) const { return per_token() ? tokens : count; }
-  /// The group of token t, or −1; ids are not range-checked here.
-  LORAMIX_HD constexpr Index of(Index t) const {
-    if (ids != nullptr) return ids[t];
-    if (offsets == nullptr) return t;
-    Index low = 0, high = count;  // the last group that begins at or before t; empty segments are skipped
+  /// The segment around token t, or −1.
+  LORAMIX_HD constexpr Index segment_of(Index t) const {
+    Index low = 0, high = segments;  // the last segment that begins at or before t; empty ones are skipped
     while (high - low > 1) {
       const Index middle = low + (high - low) / 2;
       (offsets[middle] <= t ? low : high) = middle;
     }
-    return count != 0 && t >= offsets[low] && t < offsets[low + 1] ? low : Index{-1};
+    return segments != 0 && t >= offsets[low] && t < offsets[low + 1] ? low : Index{-1};
+  }
+  /// The group of token t, or −1; ids are not range-checked here.
+  LORAMIX_HD constexpr Index of(Index t) const {
+    if (ids != nullptr) return ids[t];
+    if (offsets == nullptr) return t;
+    const Index segment = segment_of(t);
+    return of_segment == nullptr || segment < 0 ? segment : Index{of_segment[segment]};
   }
 };
 
@@ -64,6 +79,7 @@ struct GateForm {
   Index experts = 1;                    // E
   const Index* rank_offsets = nullptr;  // [E+1] for mixed ranks; null: every expert has R / E
   StatusFlags* status = nullptr;        // device only
+  bool computed = false;                // by a router of ours: contents are not there yet, or right
 
   // Selections: a rank is open where all that are present say so.
   MatrixView<const std::int32_t, S> ids;  // [groups, k] chosen experts, distinct, −1 = none
@@ -160,7 +176,9 @@ class GateRow {
     if (!present) return 0;
     const Index group = groups.of(t_);
     if (group >= 0 && group < rows) return group;
-    if (group != -1 || groups.offsets != nullptr) flag(&StatusFlags::bad_group_id);  // segments cover every token
+    // Segments cover every token; none (−1) is what an id may say.
+    const bool none = group == -1 && (groups.offsets == nullptr || groups.of_segment != nullptr);
+    if (!none) flag(&StatusFlags::bad_group_id);
     covered_ = false;
     return 0;
   }
@@ -181,13 +199,20 @@ void check_groups(const char* op, const char* slot, const Groups<S>& groups, Ind
   check::same(op, slot, "rows", rows, "the number of groups", groups.size(tokens));
   if constexpr (S == Space::host) {
     if (groups.offsets != nullptr) {
-      for (Index g = 0; g < groups.count; ++g) {
-        if (groups.offsets[g + 1] < groups.offsets[g]) {
-          fail(check::detail::about(ErrorCode::value, op, slot) << " has segment offsets that descend at " << g + 1);
+      for (Index i = 0; i < groups.segments; ++i) {
+        if (groups.offsets[i + 1] < groups.offsets[i]) {
+          fail(check::detail::about(ErrorCode::value, op, slot) << " has segment offsets that descend at " << i + 1);
         }
       }
       check::same(op, slot, "first segment offset", groups.offsets[0], "the first token", 0);
-      check::same(op, slot, "last segment offset", groups.offsets[groups.count], "the number of tokens", tokens);
+      check::same(op, slot, "last segment offset", groups.offsets[groups.segments], "the number of tokens", tokens);
+    }
+    for (Index i = 0; groups.of_segment != nullptr && i < groups.segments; ++i) {
+      if (groups.of_segment[i] < -1 || groups.of_segment[i] >= groups.count) {
+        fail(check::detail::about(ErrorCode::value, op, slot)
+             << " has group id " << groups.of_segment[i] << " for segment " << i << ", but there are " << groups.count
+             << " groups");
+      }
     }
     for (Index t = 0; groups.ids != nullptr && t < tokens; ++t) {
       if (groups.ids[t] < -1 || groups.ids[t] >= groups.count) {
@@ -244,7 +269,7 @@ void check_form(const char* op, const GateForm<Score, S>& form, Index tokens, In
   if (form.ids.data != nullptr) {
     check::view(op, "gate ids", form.ids);
     detail::check_groups<Score>(op, "gate ids", form.id_groups, tokens, form.ids.rows);
-    detail::check_ids(op, form.ids, form.experts);
+    if (!form.computed) detail::check_ids(op, form.ids, form.experts);
   }
   if (form.id_weights.data != nullptr) {
     check::shape(op, "gate id_weights", form.id_weights, "the rows of ids", form.ids.rows, "the columns of ids",

@@ -16,6 +16,7 @@
 #include <loramix/gpu/rows.cuh>
 #include <loramix/ops/expand.hpp>
 #include <loramix/ops/shrink.hpp>
+#include <loramix/ops/token_product.hpp>
 
 namespace loramix {
 inline namespace LORAMIX_ABI {
@@ -354,8 +355,10 @@ void execute_impl(const Backend& be, const ExpandBackward<Acc, W, Y, Score, G, S
   const auto B = load_weights(be, op.B, scratch.B);
   const auto gate = reporting(be, op.gate);
   const auto dB_rows = [&] {  // dB or, where it is column-major, dBᵀ
-    if constexpr (M == Major::row) return op.dB;
-    else return op.dB.transposed();
+    if constexpr (M == Major::row)
+      return op.dB;
+    else
+      return op.dB.transposed();
   }();
   const TokenSum<Acc, G> dB{dB_rows, op.parameters, scratch.dB};
 
@@ -372,6 +375,38 @@ void execute_impl(const Backend& be, const ExpandBackward<Acc, W, Y, Score, G, S
   const Body body{op.u, scratch.dut, gate, op.du, scratch.by_token, op.dgate.values, op.gate_values};
   execute_impl(be, Rows<Body, Space::device>{op.u.rows, body}, Arena<Space::device>{});
   loramix::detail::sum_contributions(be, gate, scratch.by_token, op.dgate, op.parameters, op.gate_values);
+}
+
+// ---- token product ---------------------------------------------------------------------------------------------------
+
+namespace detail {
+template <class Acc>
+struct TokenProductScratch {
+  std::byte* blas;
+  MatrixView<Acc, Space::device> room;  // the sum, where Out is not Acc
+};
+template <class Acc, class Out>
+TokenProductScratch<Acc> carve(Arena<Space::device>& arena, const Backend& be,
+                               const TokenProduct<Acc, Out, Space::device>& op) {
+  return {carve_blas(arena, be), carve_widened<Out, Acc>(arena, op.out.rows, op.out.cols)};
+}
+}  // namespace detail
+
+template <class Acc, class Out>
+Index scratch_impl(const Backend& be, const TokenProduct<Acc, Out, Space::device>& op) {
+  return carved_bytes<Space::device>([&](Arena<Space::device>& arena) { detail::carve(arena, be, op); });
+}
+
+template <class Acc, class Out>
+void execute_impl(const Backend& be, const TokenProduct<Acc, Out, Space::device>& op, Arena<Space::device> work) {
+  using namespace detail;
+  const TokenProductScratch<Acc> scratch = carve(work, be, op);
+  const Blas blas(be, scratch.blas);
+  const TokenSum<Acc, Out> sum{op.out, op.into, scratch.room};
+  for_chunks(op.left.rows, [&](Index t, Index n) {
+    sum.add(blas, Acc(1), op.left.row_range(t, n), op.right.row_range(t, n), t == 0);
+  });
+  sum.finish(be);
 }
 
 }  // namespace gpu

@@ -42,9 +42,27 @@ struct ColumnSum {
   /// Columns [c, c + n) of group g; n ≤ N.
   template <int N>
   LORAMIX_HD void block(Index g, Index c, Index n) const {
-    Acc total[N] = {}, chunk[N] = {};
-    const bool segments = groups.offsets != nullptr;
-    Index begin = segments ? groups.offsets[g] : 0, end = segments ? groups.offsets[g + 1] : values.rows;
+    Acc total[N] = {};
+    if (groups.offsets == nullptr) {
+      add<N>(0, values.rows, g, c, n, total);
+    } else if (groups.of_segment == nullptr) {
+      add<N>(groups.offsets[g], groups.offsets[g + 1], g, c, n, total);
+    } else {
+      for (Index i = 0; i < groups.segments; ++i) {
+        if (groups.of_segment[i] == g) add<N>(groups.offsets[i], groups.offsets[i + 1], g, c, n, total);
+      }
+    }
+    for (Index i = 0; i < n; ++i) {
+      Out& cell = out(g, c + i);
+      cell = narrow<Out>(into == Into::add ? widen<Acc>(cell) + total[i] : total[i]);
+    }
+  }
+
+ private:
+  /// total += the tokens of [begin, end) that belong to group g, chunk by chunk.
+  template <int N>
+  LORAMIX_HD void add(Index begin, Index end, Index g, Index c, Index n, Acc* total) const {
+    Acc chunk[N] = {};
     if (begin < 0) begin = 0;  // device offsets were not checked
     if (end > values.rows) end = values.rows;
     for (Index t = begin; t < end; ++t) {
@@ -57,10 +75,6 @@ struct ColumnSum {
           chunk[i] = Acc{};
         }
       }
-    }
-    for (Index i = 0; i < n; ++i) {
-      Out& cell = out(g, c + i);
-      cell = narrow<Out>(into == Into::add ? widen<Acc>(cell) + total[i] : total[i]);
     }
   }
 };

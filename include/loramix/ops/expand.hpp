@@ -53,12 +53,12 @@ struct ExpandBackward {
   GateForm<Score, S> gate;
   MatrixView<const W, S, M> B;  // [d_out, R]
   Acc scale = Acc(1);
-  MatrixView<const Y, S> dy;     // [T, d_out]
-  MatrixView<Acc, S> du;         // [T, R_a]
-  MatrixView<G, S, M> dB{};      // [d_out, R] or empty
-  GateGradient<Score, S> dgate{}; // views or empty
-  Into parameters = Into::add;   // dB and rank_scale
-  Into gate_values = Into::add;  // the other slots
+  MatrixView<const Y, S> dy;       // [T, d_out]
+  MatrixView<Acc, S> du;           // [T, R_a]
+  MatrixView<G, S, M> dB{};        // [d_out, R] or empty
+  GateGradient<Score, S> dgate{};  // views or empty
+  Into parameters = Into::add;     // dB and rank_scale
+  Into gate_values = Into::add;    // the other slots
 
   void check() const {
     check::view(name, "u", u);
