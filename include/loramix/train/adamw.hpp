@@ -10,11 +10,13 @@
 ///              train/groups.hpp. All before any write.
 /// Cost:        about 15 flop and 7 memory accesses per weight; no allocation in a step. State: 2 values per weight
 ///              (3 with 16-bit weights), of the accumulation type, owned by the AdamW in the adapter's space.
-/// Determinism: every weight by itself: the same bits for any number of threads.
+/// Determinism: every weight by itself: the same bits for any number of threads. A CUDA graph repeats the lr and t that
+///              it was captured with: keep steps out of it.
 /// Example:     tests/train/adamw.cpp:  lm::AdamW opt(lora, {.lr = 2e-4, .groups = {{"B", {.lr_ratio = 16}}}});
 ///                                      opt.lr(schedule(step));  opt.step(be, lora, grad);
 #pragma once
 #include <cmath>
+#include <limits>
 
 #include <loramix/ops/rows.hpp>
 #include <loramix/train/clip.hpp>
@@ -35,6 +37,14 @@ struct AdamWStep {
 
 namespace detail {
 
+/// Zero for numbers too small to be normal. Moments of weights without gradient (closed experts, dead units) decay into
+/// them, where they are worth nothing and a step takes three times as long.
+template <class M>
+LORAMIX_HD constexpr M flushed(M v) {
+  constexpr M smallest = std::numeric_limits<M>::min();
+  return v < smallest && v > -smallest ? M(0) : v;
+}
+
 /// Row body: chunk `row` of the flat buffers.
 template <class W, class G, class M, Space S>
 struct AdamWRows {
@@ -51,7 +61,7 @@ struct AdamWRows {
       w = master_of(master[i], weights[i]);
     else
       w = weights[i];
-    const M mi = beta1 * m[i] + one_less_beta1 * g, vi = beta2 * v[i] + one_less_beta2 * (g * g);
+    const M mi = flushed(beta1 * m[i] + one_less_beta1 * g), vi = flushed(beta2 * v[i] + one_less_beta2 * (g * g));
     m[i] = mi;
     v[i] = vi;
     w -= decay * w;

@@ -73,7 +73,7 @@ LORAMIX_HD inline M master_of(M master, W weight) {
   return narrow<W>(master) == weight ? master : widen<M>(weight);
 }
 
-/// Elements [begin, begin + size) of the flat buffer, updated alike.
+/// Elements [begin, begin + size) of the flat buffer [n], updated alike.
 struct FlatRange {
   Index begin = 0;
   Index size = 0;

@@ -8,7 +8,8 @@
 ///              before any write.
 /// Cost:        6 flop and 5 memory accesses per weight; no allocation in a step. State: one value per weight, none with
 ///              μ = 0; one more for 16-bit weights.
-/// Determinism: every weight by itself: the same bits for any number of threads.
+/// Determinism: every weight by itself: the same bits for any number of threads. A CUDA graph repeats the lr that it was
+///              captured with.
 /// Example:     tests/train/sgd.cpp:  lm::Sgd opt(lora, {.lr = 0.1, .momentum = 0.9});  opt.step(be, lora, grad);
 #pragma once
 #include <loramix/ops/rows.hpp>
