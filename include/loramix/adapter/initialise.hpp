@@ -11,7 +11,7 @@
 #include <cmath>
 
 #include <loramix/core/adapter.hpp>
-#include <loramix/core/draws.hpp>
+#include <loramix/core/normal.hpp>
 
 namespace loramix {
 inline namespace LORAMIX_ABI {
@@ -44,10 +44,7 @@ class Fill {
   void normal(const char* name, MatrixView<T, Space::host, M> v, double variance) const {
     const std::uint64_t key = key_of(name);
     each(v, [&](Index i, Index j) {
-      const std::uint64_t row = static_cast<std::uint64_t>(i);
-      const double radius = std::sqrt(-2 * std::log(draw_uniform(key, Purpose::initialisation, row, j / 2 * 2)));
-      const double angle = 6.283185307179586 * draw_uniform(key, Purpose::initialisation, row, j / 2 * 2 + 1);
-      return std::sqrt(variance) * radius * (j % 2 == 0 ? std::cos(angle) : std::sin(angle));
+      return std::sqrt(variance) * draw_normal(key, Purpose::initialisation, static_cast<std::uint64_t>(i), j);
     });
   }
   template <class T, Major M>

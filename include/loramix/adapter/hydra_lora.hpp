@@ -1,0 +1,39 @@
+/// HydraLoRA: one shared A, an expert per head B, a dense softmax router.
+///
+/// Computes:    ΔY = s Σ_e g_e (X̂ Aᵀ) B_eᵀ, g = softmax(x W_gᵀ); s = α/r with r the rows of A. U = X̂ Aᵀ is computed once.
+/// Source:      HydraLoRA, Tian et al. 2024 (arXiv 2404.19245). The authors' code recomputes A, with a new dropout mask, for
+///              every expert.
+/// Parameters:  adapter/mixture.hpp; the router starts U(−1/√d_in, 1/√d_in).
+/// Errors:      adapter/mixture.hpp
+/// Cost:        a shrink of r rows, an expand of E·r ranks, E router rows.
+/// Determinism: adapter/forward.hpp
+/// Merge:       none: the gate depends on the token.
+/// Example:     examples/demo
+#pragma once
+#include <loramix/adapter/mixture.hpp>
+#include <loramix/gate/softmax.hpp>
+
+namespace loramix {
+inline namespace LORAMIX_ABI {
+
+/// What makes a mixture HydraLoRA.
+struct HydraLoraMethod {
+  using Config = MixtureConfig;
+  static constexpr const char* kind = "hydra_lora";
+  static constexpr bool shared_A = true;
+  template <class W, class Score, Space S>
+  static SoftmaxGate<W, Score, S> gate(const Config&, MatrixView<W, S> router) {
+    return {router};
+  }
+  template <class Fill, class Router>
+  static void start_router(Fill& fill, const Config& config, Router router) {
+    fill.uniform("moe_gate.weight", router, 1 / std::sqrt(static_cast<double>(config.d_in)));
+  }
+};
+
+/// lm::HydraLora<float> hydra({.d_in = …, .d_out = …, .experts = 8, .rank = 4});
+template <class P = float, Space S = Space::host, class T = typename precision_t<P>::weight>
+using HydraLora = Mixture<HydraLoraMethod, P, S, T>;
+
+}  // namespace LORAMIX_ABI
+}  // namespace loramix

@@ -1,0 +1,349 @@
+/// Routers that choose: the k best experts of a token, or the shortest prefix that carries a probability.
+///
+/// Computes:    logits ℓ = x Wᵀ, with noise ℓ + n·(softplus(x W_noiseᵀ) + 0.01) while training; the k largest, compared as
+///              float logits (as score + b with a selection bias), ties to the lower index; NaN last. Weights of the chosen:
+///                softmax, renormalised     exp(ℓ/τ) / Σ over the chosen      (k = 1: weight 1, no gradient to the router)
+///                softmax                   softmax(ℓ/τ) over all
+///                sigmoid                   σ(ℓ), or σ(ℓ) / Σ over the chosen; times route_scale
+///              top_p > 0: experts in descending order until their probabilities sum to top_p, at most k.
+///              Capacity C = ⌈cf·k·T/E − 1e-6⌉ valid tokens per expert: what comes later (or weighs less) is dropped.
+/// Source:      MATH.md section 2; Shazeer et al. 2017 (noise), Switch and DeepSeek-V3 (sigmoid, bias). Capacity's rounding
+///              is ours.
+/// Reads:       router [E, d_in], or [2E, d_in] with the noise's rows below (side rows); selection bias [E].
+/// Writes:      State: logits, p [T, E]; ids, weights, chosen [T, k], assigned.
+/// Adds to:     dh [T, E or 2E].
+/// Errors:      k outside [1, E].
+/// Cost:        O(T·(E + k·E)); capacity O(T·k·E), by priority O(T·k·T·k/E).
+/// Determinism: a row depends on itself only, but for capacity, which depends on the batch by its nature. The same choice
+///              on every device where logits agree.
+/// Example:     adapter/mola.hpp
+#pragma once
+#include <cmath>
+
+#include <loramix/core/normal.hpp>
+#include <loramix/gate/softmax.hpp>
+#include <loramix/ops/rows.hpp>
+
+namespace loramix {
+inline namespace LORAMIX_ABI {
+
+enum class Scoring { softmax, sigmoid };
+/// Which choices an expert keeps when it is full: earlier (token, slot) first, or larger weights first.
+enum class CapacityOrder { arrival, priority };
+
+/// How a router chooses; the defaults are MixLoRA's and MoLA's.
+struct TopKRule {
+  Index k = 2;
+  Scoring scoring = Scoring::softmax;
+  bool renormalise = true;
+  double temperature = 1;  // softmax only
+  double route_scale = 1;
+  double top_p = 0;     // 0: all k
+  double capacity = 0;  // 0: no limit
+  CapacityOrder order = CapacityOrder::arrival;
+  bool noise = false;  // the router has noise rows
+  double jitter = 0;   // the router's input times U(1 − ε, 1 + ε) while training
+
+  template <class Self, class F>
+  static void fields(Self& self, F&& f) {
+    f("top_k", self.k);
+    f("scoring", self.scoring);
+    f("renormalise", self.renormalise);
+    f("temperature", self.temperature);
+    f("route_scale", self.route_scale);
+    f("top_p", self.top_p);
+    f("capacity", self.capacity);
+    f("capacity_order", self.order);
+    f("router_noise", self.noise);
+    f("jitter", self.jitter);
+  }
+};
+
+namespace detail {
+
+template <class T>
+LORAMIX_HD T sigmoid(T z) {
+  using std::exp;
+  return T(1) / (T(1) + exp(-z));
+}
+template <class T>
+LORAMIX_HD T softplus(T z) {
+  using std::exp;
+  using std::log1p;
+  return z > T(0) ? z + log1p(exp(-z)) : log1p(exp(z));
+}
+
+/// The k largest keys(e), as floats, in descending order; ties and NaN as documented. By one thread.
+template <class Keys>
+LORAMIX_HD void select_top_k(Index experts, Index k, const Keys& keys, std::int32_t* ids) {
+  const auto before = [&](Index a, Index b) {  // whether a goes before b, a < b
+    const float x = keys(a), y = keys(b);
+    return x == x && !(y > x);  // NaN last, ties to the lower index
+  };
+  for (Index slot = 0; slot < k; ++slot) {
+    Index best = -1;
+    for (Index e = 0; e < experts; ++e) {
+      bool taken = false;
+      for (Index s = 0; s < slot; ++s) taken = taken || ids[s] == e;
+      if (taken) continue;
+      if (best < 0 || !before(best, e)) best = keys(e) == keys(e) || best < 0 ? e : best;
+    }
+    ids[slot] = static_cast<std::int32_t>(best);
+  }
+}
+
+/// C of capacity factor cf for `tokens` valid tokens.
+LORAMIX_HD inline Index expert_capacity(double cf, Index k, Index tokens, Index experts) {
+  return static_cast<Index>(
+      std::ceil(cf * static_cast<double>(k) * static_cast<double>(tokens) / static_cast<double>(experts) - 1e-6));
+}
+
+}  // namespace detail
+
+/// W is const in an adapter and mutable in its gradient.
+template <class W, class Score, Space S = Space::host>
+struct TopKGate {
+  static constexpr GateFacts facts{Sparsity::k_blocks, Slots::ids | Slots::id_weights, false};
+  static constexpr Space space = S;
+  struct State {
+    MatrixView<Score, S> logits, p;           // [T, E], noisy where noise is drawn
+    MatrixView<std::int32_t, S> chosen, ids;  // [T, k], before and after capacity
+    MatrixView<Score, S> weights;             // [T, k]
+    MatrixView<Score, S> dp, dlogits;         // [T, E] losses add to them
+  };
+
+  MatrixView<W, S> router;  // [E, d_in] or [2E, d_in]
+  TopKRule rule;
+  VectorView<const float, S> selection_bias{};  // [E] or empty
+
+  LORAMIX_HD Index experts() const { return rule.noise ? router.rows / 2 : router.rows; }
+  double jitter() const { return rule.jitter; }
+  MatrixView<W, S> side() const { return router; }
+
+  void check(const char* op, const GateCall<S>&) const {
+    check::at_least(op, "top-k", rule.k, 1);
+    check::at_least(op, "experts", experts(), rule.k);
+    if (!selection_bias.empty()) {
+      check::same(op, "selection bias", "size", selection_bias.size, "the number of experts", experts());
+    }
+  }
+  State carve(Arena<S>& arena, Index tokens, bool training) const {
+    State state;
+    const auto scores = [&] { return arena.template matrix<Score>(tokens, experts()); };
+    const auto choice = [&] { return arena.template matrix<std::int32_t>(tokens, rule.k); };
+    state.logits = scores();
+    state.p = scores();
+    state.chosen = choice();
+    state.ids = choice();
+    state.weights = arena.template matrix<Score>(tokens, rule.k);
+    if (training) {
+      state.dp = scores();
+      state.dlogits = scores();
+    }
+    return state;
+  }
+  GateForm<Score, S> form(const State& state, const GateCall<S>& call, Index ranks) const {
+    return TopKExperts<Score, S>{state.ids, state.weights, experts()}.form(call.tokens, ranks);
+  }
+  GateGradient<Score, S> gradient(const State& state) const { return {.id_weights = state.weights}; }
+  Scores<Score, S> scores(const State& state, MatrixView<Score, S>, MatrixView<Score, S>) const {
+    return {.logits = state.logits,
+            .p = state.p,
+            .dlogits = state.dlogits,
+            .dp = state.dp,
+            .ids = state.ids,
+            .weights = state.weights,
+            .chosen = state.chosen};
+  }
+
+  template <class Backend>
+  void forward(const Backend& be, MatrixView<Score, S> h, const State& state, const GateCall<S>& call, Arena<S>) const {
+    for_rows<S>(be, call.tokens, Forward{*this, h, state, call});
+    if (rule.capacity > 0) for_rows<S>(be, experts(), Capacity{*this, state, call});
+  }
+  template <class Backend, class GradientGate>
+  void backward(const Backend& be, MatrixView<Score, S> h, const State& state, const State& dstate,
+                MatrixView<Score, S> dh, const GateCall<S>& call, const GradientGate&, Into, Arena<S>) const {
+    for_rows<S>(be, call.tokens, Backward{*this, h, state, dstate, dh, call});
+  }
+
+ private:
+  LORAMIX_HD Score noise_of(const GateCall<S>& call, Index t, Index e) const {
+    return Score(draw_normal(philox_key(call.key), Purpose::router_noise,
+                             call.key.first_token + static_cast<std::uint64_t>(t), e));
+  }
+
+  struct Forward {
+    TopKGate gate;
+    MatrixView<const Score, S> h;
+    State state;
+    GateCall<S> call;
+
+    template <Team Tm>
+    LORAMIX_HD void operator()(const Tm& team, Index t) const {
+      const Index E = gate.experts(), k = gate.rule.k;
+      const TopKRule& rule = gate.rule;
+      Score* const logits = state.logits.row(t);
+      Score* const p = state.p.row(t);
+      team.each(E, [&](Index e) {
+        logits[e] = h(t, e);
+        if (rule.noise && call.key.on) {
+          logits[e] += gate.noise_of(call, t, e) * (detail::softplus(h(t, E + e)) + Score(0.01));
+        }
+        if (state.dp.data != nullptr) state.dp(t, e) = state.dlogits(t, e) = Score(0);
+      });
+      if (rule.scoring == Scoring::softmax) {
+        detail::softmax_row(team, E, logits, Score(rule.temperature), p);
+      } else {
+        const Score sum = team.sum(E, [&](Index e) { return detail::sigmoid(logits[e]); });
+        team.each(E, [&](Index e) { p[e] = sum == Score(0) ? Score(0) : detail::sigmoid(logits[e]) / sum; });
+      }
+      team.once([&] { choose(t, E, k); });
+    }
+
+   private:
+    /// ids and weights of token t.
+    LORAMIX_HD void choose(Index t, Index E, Index k) const {
+      const TopKRule& rule = gate.rule;
+      const Score* const logits = state.logits.row(t);
+      const Score* const p = state.p.row(t);
+      std::int32_t* const ids = state.ids.row(t);
+      const bool biased = gate.selection_bias.data != nullptr, soft = rule.scoring == Scoring::softmax;
+      detail::select_top_k(
+          E, k,
+          [&](Index e) {
+            if (!biased) return static_cast<float>(logits[e]);
+            return static_cast<float>(soft ? p[e] : detail::sigmoid(logits[e])) + gate.selection_bias[e];
+          },
+          ids);
+      Index kept = k;
+      if (rule.top_p > 0) {
+        Score sum = Score(0);
+        for (kept = 0; kept < k && !(sum >= Score(rule.top_p)); ++kept) sum += p[ids[kept]];
+      }
+      bool broken = false;  // a NaN logit anywhere
+      for (Index e = 0; e < E; ++e) broken = broken || !(logits[e] == logits[e]);
+      Score sum = Score(0);
+      for (Index s = 0; s < kept; ++s) sum += gate.score(logits, p, ids[s]);
+      for (Index s = 0; s < k; ++s) {
+        Score weight = s < kept ? gate.score(logits, p, ids[s]) : Score(0);
+        if (rule.renormalise) weight = sum == Score(0) ? Score(0) : weight / sum;
+        state.weights(t, s) = broken ? logits[0] * Score(NAN) : weight * Score(rule.route_scale);
+        if (s >= kept) ids[s] = -1;
+        state.chosen(t, s) = ids[s];
+      }
+    }
+  };
+
+  /// What weights are made of: p, or σ before it is normalised.
+  LORAMIX_HD Score score(const Score* logits, const Score* p, Index e) const {
+    return rule.scoring == Scoring::softmax ? p[e] : detail::sigmoid(logits[e]);
+  }
+
+  struct Backward {
+    TopKGate gate;
+    MatrixView<const Score, S> h;
+    State state, dstate;
+    MatrixView<Score, S> dh;
+    GateCall<S> call;
+
+    template <Team Tm>
+    LORAMIX_HD void operator()(const Tm& team, Index t) const {
+      const Index E = gate.experts();
+      const TopKRule& rule = gate.rule;
+      const Score* const p = state.p.row(t);
+      Score* const dscore = dstate.p.row(t);  // of p, or of σ
+      Score* const dlogits = dstate.logits.row(t);
+      team.once([&] { choice(t, E); });  // dscore from the weights
+      if (rule.scoring == Scoring::softmax) {
+        team.each(E, [&](Index e) {
+          if (state.dp.data != nullptr) dscore[e] += state.dp(t, e);
+          dlogits[e] = Score(0);
+        });
+        detail::softmax_backward_row(team, E, p, dscore, Score(rule.temperature), dlogits);
+      } else {
+        const Score* const logits = state.logits.row(t);
+        const Score sum = team.sum(E, [&](Index e) { return detail::sigmoid(logits[e]); });
+        const bool losses = state.dp.data != nullptr && sum != Score(0);
+        const Score inner = losses ? team.sum(E, [&](Index e) { return state.dp(t, e) * p[e]; }) : Score(0);
+        team.each(E, [&](Index e) {
+          const Score q = detail::sigmoid(logits[e]);
+          const Score dq = dscore[e] + (losses ? (state.dp(t, e) - inner) / sum : Score(0));
+          dlogits[e] = dq * q * (Score(1) - q);
+        });
+      }
+      team.each(E, [&](Index e) {
+        if (state.dlogits.data != nullptr) dlogits[e] += state.dlogits(t, e);
+        dh(t, e) += dlogits[e];
+        if (rule.noise && call.key.on) {
+          dh(t, E + e) += dlogits[e] * gate.noise_of(call, t, e) * detail::sigmoid(h(t, E + e));
+        }
+      });
+    }
+
+   private:
+    /// The weights' gradient as one of the scores they were made of; 0 for the experts not chosen.
+    LORAMIX_HD void choice(Index t, Index E) const {
+      const Score* const logits = state.logits.row(t);
+      const Score* const p = state.p.row(t);
+      const TopKRule& rule = gate.rule;
+      for (Index e = 0; e < E; ++e) dstate.p(t, e) = Score(0);
+      Score sum = Score(0), inner = Score(0);
+      for (Index s = 0; s < rule.k; ++s) {
+        const Index e = state.chosen(t, s);
+        if (e < 0) continue;
+        sum += gate.score(logits, p, e);
+        inner += dstate.weights(t, s) * state.weights(t, s);
+      }
+      if (rule.renormalise && sum == Score(0)) return;
+      for (Index s = 0; s < rule.k; ++s) {
+        const Index e = state.chosen(t, s);
+        if (e < 0) continue;
+        const Score slope = Score(rule.route_scale) * dstate.weights(t, s);
+        dstate.p(t, e) = rule.renormalise ? (slope - inner) / sum : slope;
+      }
+    }
+  };
+
+  /// Row body over experts: closes the choices that expert e has no place for. Padding takes no place and keeps its own.
+  struct Capacity {
+    TopKGate gate;
+    State state;
+    GateCall<S> call;
+
+    template <Team Tm>
+    LORAMIX_HD void operator()(const Tm& team, Index e) const {
+      const Index k = gate.rule.k, valid = static_cast<Index>(team.sum(call.tokens, [&](Index t) {
+                                     return call.batch.is_valid(t) ? Index{1} : Index{0};
+                                   }));
+      const Index places = detail::expert_capacity(gate.rule.capacity, k, valid, gate.experts());
+      if (gate.rule.order == CapacityOrder::arrival) {
+        team.once([&] {
+          Index taken = 0;
+          for (Index i = 0; i < call.tokens * k; ++i) {
+            if (wants(i, e) && taken++ >= places) state.ids(i / k, i % k) = -1;
+          }
+        });
+      } else {
+        team.each(call.tokens * k, [&](Index i) {
+          if (!wants(i, e)) return;
+          Index ahead = 0;
+          for (Index j = 0; j < call.tokens * k; ++j) {
+            const Score mine = state.weights(i / k, i % k), other = state.weights(j / k, j % k);
+            ahead += wants(j, e) && (other > mine || (other == mine && j < i)) ? 1 : 0;
+          }
+          if (ahead >= places) state.ids(i / k, i % k) = -1;
+        });
+      }
+    }
+
+   private:
+    LORAMIX_HD bool wants(Index i, Index e) const {
+      const Index k = gate.rule.k;
+      return state.chosen(i / k, i % k) == e && call.batch.is_valid(i / k);
+    }
+  };
+};
+
+}  // namespace LORAMIX_ABI
+}  // namespace loramix
