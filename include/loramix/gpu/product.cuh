@@ -354,8 +354,10 @@ void execute_impl(const Backend& be, const ExpandBackward<Acc, W, Y, Score, G, S
   const auto B = load_weights(be, op.B, scratch.B);
   const auto gate = reporting(be, op.gate);
   const auto dB_rows = [&] {  // dB or, where it is column-major, dBᵀ
-    if constexpr (M == Major::row) return op.dB;
-    else return op.dB.transposed();
+    if constexpr (M == Major::row)
+      return op.dB;
+    else
+      return op.dB.transposed();
   }();
   const TokenSum<Acc, G> dB{dB_rows, op.parameters, scratch.dB};
 
