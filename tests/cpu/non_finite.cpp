@@ -49,6 +49,16 @@ void check_untouched(const Both& both, const lm::GateForm<float>& form) {
   REQUIRE(not_finite == tokens * rank);
   CHECK(std::isfinite(largest(wild.y)));
   CHECK(largest(wild.y) > 0);
+  const auto finite = [](const auto& m) { return std::isfinite(largest(m)); };
+  CHECK(finite(wild.du));
+  CHECK(finite(wild.dA));
+  CHECK(finite(wild.dB));
+  CHECK(finite(wild.dx));
+  CHECK(finite(wild.dweights));
+  CHECK(finite(wild.did_weights));
+  CHECK(finite(wild.dvalues));
+  CHECK(finite(wild.dmultiplier));
+  CHECK(finite(wild.drank_scale));
   CHECK(same_bits(calm.y, wild.y));
   CHECK(same_bits(calm.du, wild.du));
   CHECK(same_bits(calm.dA, wild.dA));

@@ -134,7 +134,7 @@ double largest(const M& m) {
   for (Index i = 0; i < m.rows(); ++i) {
     for (Index j = 0; j < m.cols(); ++j) {
       const double v = std::abs(to_double(m(i, j)));
-      if (!(v <= most)) most = v;
+      if (!(v <= most) && most == most) most = v;  // NaN stays
     }
   }
   return most;

@@ -2,8 +2,8 @@
 #include "gpu/harness.cuh"
 
 namespace lm = loramix;
-using loramix_test::error_of;
 using lm::Index, lm::Space;
+using loramix_test::error_of;
 
 namespace {
 lm::Buffer<int> on_host(const lm::Buffer<int, Space::device>& buffer) {

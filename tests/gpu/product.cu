@@ -63,9 +63,17 @@ TEST_CASE("scores narrower than the accumulation") {
   float* const h_memory = gpu.upload(h);
   float* const dside_memory = gpu.upload(dside);
   float* const dx_memory = gpu.upload(dx);
-  run(gpu, lm::Shrink<float, float, double, float, device>{A, side, x_view, {}, {nullptr, tokens, 0}, {h_memory, tokens, 1}});
-  run(gpu, lm::ShrinkBackward<float, float, double, float, float, device>{
-               A, side, x_view, {}, {nullptr, tokens, 0}, dh_view, {}, {dside_memory, 1, width}, {dx_memory, tokens, width}});
+  run(gpu, lm::Shrink<float, float, double, float, device>{
+               A, side, x_view, {}, {nullptr, tokens, 0}, {h_memory, tokens, 1}});
+  run(gpu, lm::ShrinkBackward<float, float, double, float, float, device>{A,
+                                                                          side,
+                                                                          x_view,
+                                                                          {},
+                                                                          {nullptr, tokens, 0},
+                                                                          dh_view,
+                                                                          {},
+                                                                          {dside_memory, 1, width},
+                                                                          {dx_memory, tokens, width}});
   gpu.download(h_memory, h);
   gpu.download(dside_memory, dside);
   gpu.download(dx_memory, dx);
@@ -87,15 +95,20 @@ TEST_CASE("the dropout mask is the host's, bit by bit") {
   std::vector<float> identity(width * width), ones(tokens * width, 1.0f), mask(tokens * width);
   for (std::size_t i = 0; i < width; ++i) identity[i * width + i] = 1;
   float* const u = gpu.upload(mask);
-  run(gpu, lm::Shrink<float, float, float, float, device>{
-               {gpu.upload(identity), width, width}, {}, {gpu.upload(ones), tokens, width}, dropout, {u, tokens, width}, {}});
+  run(gpu, lm::Shrink<float, float, float, float, device>{{gpu.upload(identity), width, width},
+                                                          {},
+                                                          {gpu.upload(ones), tokens, width},
+                                                          dropout,
+                                                          {u, tokens, width},
+                                                          {}});
   gpu.download(u, mask);
   Index wrong = 0, dropped = 0;
   for (Index t = 0; t < tokens; ++t) {
     for (Index c = 0; c < width; ++c) {
       const bool keep = reference::keep(42, lm::site("layers.0.mlp.up_proj"), 3,
                                         key.first_token + static_cast<std::uint64_t>(t), c, dropout.p16);
-      wrong += mask[static_cast<std::size_t>(t * width + c)] != (keep ? static_cast<float>(dropout.kept_scale()) : 0.0f);
+      wrong +=
+          mask[static_cast<std::size_t>(t * width + c)] != (keep ? static_cast<float>(dropout.kept_scale()) : 0.0f);
       wrong += keep != dropout.keep(t, c);
       dropped += !keep;
     }
@@ -113,8 +126,7 @@ TEST_CASE("what a closed expert computes goes nowhere") {
   const std::vector<std::int32_t> ids{0, -1, 0};
   const std::vector<float> B(width * experts * rank, 0.5f), dy(tokens * width, 1.0f);
   std::vector<float> y(tokens * width, nan), du(u.size(), nan);
-  const auto form =
-      lm::OneExpert<float, device>{{gpu.upload(ids), tokens}, {}, experts}.form(tokens, experts * rank);
+  const auto form = lm::OneExpert<float, device>{{gpu.upload(ids), tokens}, {}, experts}.form(tokens, experts * rank);
   const lm::MatrixView<const float, device> u_view{gpu.upload(u), tokens, experts * rank};
   const lm::MatrixView<const float, device, lm::Major::column> B_view{gpu.upload(B), width, experts * rank};
   float* const y_memory = gpu.upload(y);

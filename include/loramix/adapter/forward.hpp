@@ -274,7 +274,7 @@ Index workspace_bytes(const Backend& be, const A& adapter, Index tokens, Pass pa
   form.tokens = tokens;
   GateGradient<typename T::Score, A::space> dgate;
   // Address 64 stands for "wanted": carving looks at nothing but that and the sizes.
-  auto* const wanted = reinterpret_cast<typename T::Score*>(std::uintptr_t{64});
+  [[maybe_unused]] auto* const wanted = reinterpret_cast<typename T::Score*>(std::uintptr_t{64});
   if (T::Gate::facts.slots & Slots::weights) dgate.weights = {wanted, form.weights.rows, form.weights.cols};
   if (T::Gate::facts.slots & Slots::id_weights) dgate.id_weights = {wanted, form.ids.rows, form.ids.cols};
   if (T::Gate::facts.slots & Slots::multiplier) dgate.multiplier = {wanted, form.multiplier.size};
@@ -282,8 +282,8 @@ Index workspace_bytes(const Backend& be, const A& adapter, Index tokens, Pass pa
   if constexpr (T::computed) gate.carve(counter, tokens, false);  // dstate
   const typename T::ExpandBackwardOp expand{u,  form, adapter.B(), {}, {nullptr, tokens, adapter.B().rows},
                                             du, {},   dgate};
-  const typename T::ShrinkBackwardOp shrink{adapter.A(), T::side(gate), {nullptr, tokens, adapter.A().cols}, {}, du,
-                                            dh};
+  typename T::ShrinkBackwardOp shrink{adapter.A(), T::side(gate), {nullptr, tokens, adapter.A().cols}, {}, du, dh};
+  shrink.dropout.p16 = 1;  // as in stage_bytes
   return Memory::with_alignment(counter.used() +
                                 detail::largest({stages, scratch_bytes(be, expand), scratch_bytes(be, shrink)}));
 }

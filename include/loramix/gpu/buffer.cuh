@@ -83,9 +83,9 @@ void copy(cudaStream_t stream, MatrixView<From, A, M> from, MatrixView<To, B, M>
   if (outer == 1 || (from.stride == inner && to.stride == inner)) {
     check_cuda("cudaMemcpyAsync", cudaMemcpyAsync(to.data, from.data, bytes(outer * inner), cudaMemcpyDefault, stream));
   } else {
-    check_cuda("cudaMemcpy2DAsync", cudaMemcpy2DAsync(to.data, bytes(to.stride), from.data, bytes(from.stride),
-                                                 bytes(inner), static_cast<std::size_t>(outer), cudaMemcpyDefault,
-                                                 stream));
+    check_cuda("cudaMemcpy2DAsync",
+               cudaMemcpy2DAsync(to.data, bytes(to.stride), from.data, bytes(from.stride), bytes(inner),
+                                 static_cast<std::size_t>(outer), cudaMemcpyDefault, stream));
   }
 }
 template <class From, class To, Space A, Space B>

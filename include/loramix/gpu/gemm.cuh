@@ -92,19 +92,17 @@ class Blas {
   void fill_zero(MatrixView<T, Space::device> c) const {
     const std::size_t size = sizeof(T);
     check_cuda("cudaMemset2DAsync",
-          cudaMemset2DAsync(c.data, static_cast<std::size_t>(leading(c)) * size, 0, static_cast<std::size_t>(c.cols) * size,
-                            static_cast<std::size_t>(c.rows), stream_));
+               cudaMemset2DAsync(c.data, static_cast<std::size_t>(leading(c)) * size, 0,
+                                 static_cast<std::size_t>(c.cols) * size, static_cast<std::size_t>(c.rows), stream_));
   }
 
   void gemm(cublasOperation_t ta, cublasOperation_t tb, Index m, Index n, Index k, const float* alpha, const float* a,
             Index lda, const float* b, Index ldb, const float* beta, float* c, Index ldc) const {
-    check_blas("cublasSgemm_64",
-               cublasSgemm_64(handle_, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc));
+    check_blas("cublasSgemm_64", cublasSgemm_64(handle_, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc));
   }
   void gemm(cublasOperation_t ta, cublasOperation_t tb, Index m, Index n, Index k, const double* alpha, const double* a,
             Index lda, const double* b, Index ldb, const double* beta, double* c, Index ldc) const {
-    check_blas("cublasDgemm_64",
-               cublasDgemm_64(handle_, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc));
+    check_blas("cublasDgemm_64", cublasDgemm_64(handle_, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc));
   }
 
   struct Before {

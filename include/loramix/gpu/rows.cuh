@@ -17,9 +17,9 @@ namespace gpu {
 
 namespace detail {
 
-inline constexpr int warps_per_block = 4;       // rows of a block whose teams are warps
-inline constexpr int wide_row_threads = 256;    // of a block that shares one row of x, y or a weight matrix
-inline constexpr Index most_blocks = 65535;     // beyond, blocks take several rows each
+inline constexpr int warps_per_block = 4;     // rows of a block whose teams are warps
+inline constexpr int wide_row_threads = 256;  // of a block that shares one row of x, y or a weight matrix
+inline constexpr Index most_blocks = 65535;   // beyond, blocks take several rows each
 
 /// Blocks for `items`, `per_block` of them in each.
 constexpr unsigned blocks_for(Index items, Index per_block) {

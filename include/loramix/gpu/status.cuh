@@ -7,8 +7,8 @@
 /// Determinism: flags are set, never counted.
 /// Example:     tests/gpu/faults.cu
 #pragma once
-#include <loramix/gpu/buffer.cuh>
 #include <loramix/gate/form.hpp>
+#include <loramix/gpu/buffer.cuh>
 
 namespace loramix {
 inline namespace LORAMIX_ABI {

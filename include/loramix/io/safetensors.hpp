@@ -138,6 +138,7 @@ class HeaderReader : public JsonEvents<HeaderReader> {
   [[noreturn]] void refuse(const std::string& sentence) const {
     Error error = about_file(op_, path_);
     error << ": header ";
+    if (place_ == Place::metadata || place_ == Place::text) error << "__metadata__ ";
     if (!name_.empty()) error << shown(name_).c_str() << " ";
     fail(error << printable(sentence, 240).c_str());
   }
@@ -155,7 +156,7 @@ class HeaderReader : public JsonEvents<HeaderReader> {
     if (place_ == Place::root) return root_key(name);
     if (place_ == Place::metadata) {
       name_ = name;
-      if (!header_.metadata.emplace(name, std::string()).second) refuse("is in __metadata__ twice");
+      if (!header_.metadata.emplace(name, std::string()).second) refuse("is there twice");
       return go(Place::text);
     }
     field_ = name;

@@ -1,0 +1,34 @@
+// The program's calls of these functions arrive here first, for the CUDA runtime is a shared library; they are counted and
+// passed on. (Not in a .cu file: nvcc defines some of them there for device code.)
+#include "gpu/forbidden_calls.hpp"
+
+#include <cuda_runtime_api.h>
+#include <dlfcn.h>
+
+#include <cstddef>
+
+namespace {
+
+int count = 0;
+
+template <class F>
+F* next(const char* name, F*) {
+  ++count;
+  return reinterpret_cast<F*>(dlsym(RTLD_NEXT, name));
+}
+
+}  // namespace
+
+int loramix_test::forbidden_calls() { return count; }
+
+extern "C" {
+cudaError_t cudaMalloc(void** memory, std::size_t bytes) { return next("cudaMalloc", &cudaMalloc)(memory, bytes); }
+cudaError_t cudaFree(void* memory) { return next("cudaFree", &cudaFree)(memory); }
+cudaError_t cudaMemcpy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind) {
+  return next("cudaMemcpy", &cudaMemcpy)(to, from, bytes, kind);
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  return next("cudaStreamSynchronize", &cudaStreamSynchronize)(stream);
+}
+cudaError_t cudaDeviceSynchronize() { return next("cudaDeviceSynchronize", &cudaDeviceSynchronize)(); }
+}
