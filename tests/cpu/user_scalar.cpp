@@ -66,7 +66,7 @@ TEST_CASE("dual numbers go through the composed path: values and slopes are the 
   RankMajor<D> dB(d_out, ranks);
   run_on_host(be, lm::Shrink<D, D, D, D, host>{in.A, in.side, in.x, in.dropout, u, h});
   for (Index t = 0; t < tokens; ++t) softmax.forward_row(lm::SerialTeam{}, t, &h(t, 0), {weights});
-  lm::GateForm<D> form = softmax.form({weights}, tokens, ranks);
+  lm::GateForm<D> form = softmax.form({weights}, {.tokens = tokens}, ranks);
   form.rank_scale = {scale.data(), ranks};
   run_on_host(be, lm::Expand<D, D, D, D, host, lm::Major::column>{u, form, in.B, D(1.25), y, lm::Into::set});
   lm::GateGradient<D> dgate{.weights = dweights, .rank_scale = {dscale.data(), ranks}};

@@ -144,6 +144,14 @@ void run_gate_backward(const Backend& be, const Gate& gate, MatrixView<Score, S>
     for_rows<S>(be, call.tokens, GateBackward<Gate, Score, S>{gate, h, state, dstate, dh});
   }
 }
+/// Where the gradient of the side rows goes.
+template <class Gradient>
+auto side_of(Gradient& gradient) {
+  if constexpr (requires { gradient.side(); })
+    return gradient.side();
+  else
+    return gradient.gate().side();
+}
 /// Bytes of workspace of either.
 template <class Backend, class Gate>
 Index gate_scratch(const Backend& be, const Gate& gate, Index tokens) {
@@ -429,7 +437,7 @@ void backward(const Backend& be, const A& adapter, Saved<A>& saved,
     check::same("backward", "grad", "size", grad.parameters().size, "the adapter's", adapter.parameters().size);
     shrink.dA = grad.A();
     expand.dB = grad.B();
-    if constexpr (T::computed) shrink.dside = grad.gate().side();
+    if constexpr (T::computed) shrink.dside = detail::side_of(grad);
     if constexpr (requires { grad.gate_gradient(); }) expand.dgate = grad.gate_gradient();
   }
   if constexpr (T::computed) {

@@ -22,7 +22,7 @@ struct HydraLoraMethod {
   static constexpr const char* kind = "hydra_lora";
   static constexpr bool shared_A = true;
   template <class W, class Score, Space S>
-  static SoftmaxGate<W, Score, S> gate(const Config&, MatrixView<W, S> router) {
+  static SoftmaxGate<W, Score, S> gate(const Config&, MatrixView<const W, S> router) {
     return {router};
   }
   template <class Fill, class Router>

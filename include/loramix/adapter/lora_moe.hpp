@@ -21,7 +21,7 @@ struct LoraMoeMethod {
   static constexpr const char* kind = "lora_moe";
   static constexpr bool shared_A = false;
   template <class W, class Score, Space S>
-  static SoftmaxGate<W, Score, S> gate(const Config&, MatrixView<W, S> router) {
+  static SoftmaxGate<W, Score, S> gate(const Config&, MatrixView<const W, S> router) {
     return {router};
   }
   template <class Fill, class Router>

@@ -74,10 +74,9 @@ class Mixture {
   auto A() const { return parameters_.matrix(0, rows_of_A(), config_.d_in); }
   auto B() { return parameters_.template matrix<Major::column>(1, config_.d_out, ranks()); }
   auto B() const { return parameters_.template matrix<Major::column>(1, config_.d_out, ranks()); }
-  auto router() { return parameters_.matrix(2, config_.router_rows(), config_.d_in); }
-  auto router() const { return parameters_.matrix(2, config_.router_rows(), config_.d_in); }
-  auto gate() { return Method::template gate<T, typename precision::score, S>(config_, router()); }
-  auto gate() const { return Method::template gate<const T, typename precision::score, S>(config_, router()); }
+  auto side() { return parameters_.matrix(2, config_.router_rows(), config_.d_in); }
+  auto side() const { return parameters_.matrix(2, config_.router_rows(), config_.d_in); }
+  auto gate() const { return Method::template gate<T, typename precision::score, S>(config_, side()); }
 
   Cost cost(Index tokens) const {
     return product_cost<precision>(tokens, config_.d_in, config_.d_out, rows_of_A(), ranks(), config_.router_rows());
@@ -86,13 +85,13 @@ class Mixture {
   static void visit(Self& self, F&& f) {
     f("lora_A.weight", self.A(), group::A);
     f("lora_B.weight", self.B(), group::B);
-    f("moe_gate.weight", self.router(), group::router);
+    f("moe_gate.weight", self.side(), group::router);
   }
   template <class Fill>
   void start(Fill& fill) {
     fill.uniform("lora_A.weight", A(), 1 / std::sqrt(static_cast<double>(config_.d_in)));
     fill.zero(B());
-    Method::start_router(fill, config_, router());
+    Method::start_router(fill, config_, side());
   }
 
  private:

@@ -46,7 +46,7 @@ struct MolaMethod {
   static constexpr const char* kind = "mola";
   static constexpr bool shared_A = false;
   template <class W, class Score, Space S>
-  static TopKGate<W, Score, S> gate(const Config& config, MatrixView<W, S> router) {
+  static TopKGate<W, Score, S> gate(const Config& config, MatrixView<const W, S> router) {
     return {router, config.rule};
   }
   template <class Fill, class Router>

@@ -1,6 +1,6 @@
 /// Gates that a router computes: from the token, its sequence or its task.
 ///
-/// A computed gate is a struct of parameter views (const in an adapter, mutable in its gradient) with
+/// A computed gate is a struct of parameter views with
 ///
 ///     side()                              [n, d_in] rows that the shrink stage multiplies with the undropped token in the same
 ///                                         pass over x: h = x sideᵀ. Empty where the gate does not read tokens.
@@ -16,6 +16,8 @@
 ///     check(op, call)                     refuses a batch that lacks what the router needs
 ///     forward(be, h, state, call, work), backward(be, h, state, dstate, dh, call, gradient gate or frozen, into, work)
 ///     scratch(be, tokens)                 bytes of workspace that these two take
+///   The adapter's gradient says where the side rows' gradient goes: side(), or its own gate().side(). A gate with parameters beside
+///   them holds views that are const in an adapter and mutable in its gradient, whose gate() backward is handed.
 ///
 /// Computes:    the choice between these two forms of a gate, for adapter/forward.hpp.
 /// Parameters:  h [T, n], State and dstate as the gate carved them.

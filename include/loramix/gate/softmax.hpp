@@ -42,20 +42,20 @@ LORAMIX_HD void softmax_backward_row(const Tm& team, Index n, const Score* p, co
 
 }  // namespace detail
 
-/// g = softmax(x routerᵀ / τ). W is const in an adapter and mutable in its gradient.
-template <class W = const float, class Score = accumulation_t<std::remove_const_t<W>>, Space S = Space::host>
+/// g = softmax(x routerᵀ / τ).
+template <class W = float, class Score = accumulation_t<W>, Space S = Space::host>
 struct SoftmaxGate {
   static constexpr GateFacts facts{Sparsity::dense, Slots::weights, false};
   static constexpr Space space = S;
   struct State {
     MatrixView<Score, S> weights;  // [T, E]
-    MatrixView<Score, S> dp;       // [T, E] losses add to it
+    MatrixView<Score, S> dp{};     // [T, E] losses add to it
   };
 
-  MatrixView<W, S> router;  // [E, d_in]
+  MatrixView<const W, S> router;  // [E, d_in]
   Score temperature = Score(1);
 
-  MatrixView<W, S> side() const { return router; }
+  MatrixView<const W, S> side() const { return router; }
   State carve(Arena<S>& arena, Index tokens, bool training) const {
     State state{arena.template matrix<Score>(tokens, router.rows), {}};
     if (training) state.dp = arena.template matrix<Score>(tokens, router.rows);

@@ -100,7 +100,7 @@ LORAMIX_HD inline Index expert_capacity(double cf, Index k, Index tokens, Index 
 
 }  // namespace detail
 
-/// W is const in an adapter and mutable in its gradient.
+/// The k best experts of every token.
 template <class W, class Score, Space S = Space::host>
 struct TopKGate {
   static constexpr GateFacts facts{Sparsity::k_blocks, Slots::ids | Slots::id_weights, false};
@@ -112,13 +112,13 @@ struct TopKGate {
     MatrixView<Score, S> dp, dlogits;         // [T, E] losses add to them
   };
 
-  MatrixView<W, S> router;  // [E, d_in] or [2E, d_in]
+  MatrixView<const W, S> router;  // [E, d_in] or [2E, d_in]
   TopKRule rule;
   VectorView<const float, S> selection_bias{};  // [E] or empty
 
   LORAMIX_HD Index experts() const { return rule.noise ? router.rows / 2 : router.rows; }
   double jitter() const { return rule.jitter; }
-  MatrixView<W, S> side() const { return router; }
+  MatrixView<const W, S> side() const { return router; }
 
   void check(const char* op, const GateCall<S>&) const {
     check::at_least(op, "top-k", rule.k, 1);
