@@ -219,6 +219,14 @@ void check_ids(const char* op, MatrixView<const std::int32_t, S> ids, Index expe
   }
 }
 
+/// A slot without an address is absent; one that has a size, or groups of tokens, was meant to be there.
+template <Space S, class View>
+void check_presence(const char* op, const char* slot, View view, const Groups<S>& groups, Index tokens) {
+  check::view(op, slot, view);
+  if (view.data != nullptr || tokens == 0 || groups.per_token()) return;
+  fail(check::detail::about(ErrorCode::null, op, slot) << " has groups of tokens, but no rows and a null address");
+}
+
 }  // namespace detail
 
 /// Refuses a form whose shapes disagree with [tokens, ranks]; on the host also bad ids, groups and offsets.
@@ -241,8 +249,15 @@ void check_form(const char* op, const GateForm<Score, S>& form, Index tokens, In
       }
     }
   }
+  detail::check_presence(op, "gate ids", form.ids, form.id_groups, tokens);
+  detail::check_presence(op, "gate id_weights", form.id_weights, Groups<S>{}, tokens);
+  detail::check_presence(op, "gate prefix", form.prefix, form.prefix_groups, tokens);
+  detail::check_presence(op, "gate subset", form.subset, form.subset_groups, tokens);
+  detail::check_presence(op, "gate weights", form.weights, form.weight_groups, tokens);
+  detail::check_presence(op, "gate values", form.values, Groups<S>{}, tokens);
+  detail::check_presence(op, "gate multiplier", form.multiplier, form.multiplier_groups, tokens);
+  detail::check_presence(op, "gate rank_scale", form.rank_scale, Groups<S>{}, tokens);
   if (form.ids.data != nullptr) {
-    check::view(op, "gate ids", form.ids);
     detail::check_groups<Score>(op, "gate ids", form.id_groups, tokens, form.ids.rows);
     detail::check_ids(op, form.ids, form.experts);
   }
