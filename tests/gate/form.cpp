@@ -207,6 +207,14 @@ TEST_CASE("check_form refuses what a form must not be") {
   f.tokens = 3;
   refuses(lm::ErrorCode::shape, {"tokens", "3", "4"}, f);
 
+  // No tokens: an empty vector of ids has a null address, and that is no error.
+  f = {};
+  f.ranks = ranks;
+  f.experts = 3;
+  f.weights = {numbers, 4, 3};
+  f.weight_groups = lm::Groups<>::by_id(nullptr, 4);
+  lm::check_form("the_op", f, 0, ranks);
+
   // Every slot that has groups checks them, and its own size.
   const auto with_groups = [&](const char* slot, auto set) {
     const std::string name = slot;
@@ -220,6 +228,7 @@ TEST_CASE("check_form refuses what a form must not be") {
     auto g = good;
     set(g, lm::Groups<>::by_id(bad_group, 3), 3);
     lm::check_form("the_op", g, tokens, ranks);
+    bad(lm::ErrorCode::null, {name, "3 groups", "null ids", "4 tokens"}, lm::Groups<>::by_id(nullptr, 3), 3);
     bad(lm::ErrorCode::null, {name, "groups of tokens"}, lm::Groups<>::by_id(nobody, 0), 0);
     bad(lm::ErrorCode::value, {name, "group id 2", "token 2", "2 groups"}, lm::Groups<>::by_id(bad_group, 2), 2);
     bad(lm::ErrorCode::shape, {name, "3", "4"}, lm::Groups<>::by_segment(short_offsets, 2), 2);

@@ -35,7 +35,7 @@ struct Groups {
   static constexpr Groups by_id(const std::int32_t* ids_, Index count_) { return {ids_, nullptr, count_}; }
   static constexpr Groups by_segment(const Index* offsets_, Index count_) { return {nullptr, offsets_, count_}; }
 
-  LORAMIX_HD constexpr bool per_token() const { return ids == nullptr && offsets == nullptr; }
+  LORAMIX_HD constexpr bool per_token() const { return ids == nullptr && offsets == nullptr && count == 0; }
   LORAMIX_HD constexpr Index size(Index tokens) const { return per_token() ? tokens : count; }
   /// The group of token t, or −1; ids are not range-checked here.
   LORAMIX_HD constexpr Index of(Index t) const {
@@ -179,6 +179,10 @@ namespace detail {
 template <class Score, Space S>
 void check_groups(const char* op, const char* slot, const Groups<S>& groups, Index tokens, Index rows) {
   check::same(op, slot, "rows", rows, "the number of groups", groups.size(tokens));
+  if (groups.ids == nullptr && groups.offsets == nullptr && groups.count != 0 && tokens != 0) {
+    fail(check::detail::about(ErrorCode::null, op, slot)
+         << " has " << groups.count << " groups, but null ids of the " << tokens << " tokens");
+  }
   if constexpr (S == Space::host) {
     if (groups.offsets != nullptr) {
       for (Index g = 0; g < groups.count; ++g) {
