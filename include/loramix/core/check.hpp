@@ -48,9 +48,9 @@ inline bool overlap(Strided a, Strided b) {
   if (a.count == 1) return true;  // b begins inside a's only run
   if (b.count > 1 && b.stride != a.stride) return true;
   // b's runs repeat with a's stride (or there is one): compare positions inside a period.
-  const Index phase = distance % a.stride, row = distance / a.stride;
-  if (phase < a.run) return true;
-  return phase + b.run > a.stride && row + 1 < a.count;
+  // Behind a's run at that place there is another run of a's, for b begins before a ends.
+  const Index phase = distance % a.stride;
+  return phase < a.run || phase + b.run > a.stride;
 }
 }  // namespace detail
 
