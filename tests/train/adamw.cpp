@@ -210,6 +210,18 @@ TEST_CASE("AdamW: LoRA+ in the words of DESIGN 4, and its state is a value") {
   CHECK(team.B()(32, 3) > 16 * 2e-4);
 }
 
+TEST_CASE("AdamW: a frozen group beside one that differs in nothing else") {
+  const lm::cpu::Backend be;
+  lm::Lora<float> lora({.d_in = 70, .d_out = 33, .rank = 4});
+  auto grad = lm::zeros_like(lora);
+  randomise(grad, 1);
+  lm::AdamW(lora, {.groups = {{"A", {.frozen = true}}}}).step(be, lora, grad);
+  CHECK(lora.A()(3, 69) == 0);
+  CHECK(lora.B()(32, 3) != 0);
+  lm::AdamW(lora, {.groups = {{"B", {.frozen = true}}}}).step(be, lora, grad);
+  CHECK(lora.A()(3, 69) != 0);
+}
+
 TEST_CASE_TEMPLATE("AdamW: checkpoints go on bit by bit", W, float, lm::bfloat16) {
   const lm::cpu::Backend be;
   Toy<W> toy({.size = 37});
