@@ -32,6 +32,7 @@ template <class T, Space S, Major M>
 Strided strided(MatrixView<T, S, M> v) {
   const Index outer = M == Major::row ? v.rows : v.cols, inner = M == Major::row ? v.cols : v.rows;
   const Index size = static_cast<Index>(sizeof(T));
+  if (v.stride <= 0) return {reinterpret_cast<std::uintptr_t>(v.data), 1, inner * size, 0};  // all rows are one
   if (outer <= 1 || v.stride == inner) return {reinterpret_cast<std::uintptr_t>(v.data), 1, outer * inner * size, 0};
   return {reinterpret_cast<std::uintptr_t>(v.data), outer, inner * size, v.stride * size};
 }
