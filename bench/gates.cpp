@@ -152,7 +152,7 @@ void gate_row(benchmark::State& state, Kind kind, const Axes& axes) {
                    state.counters["bytes/s"] = all_bytes / m.time.median;
                    state.counters["floor/time"] = m.floor.median;
                    state.counters["scratch"] = static_cast<double>(bytes);
-                   state.SetLabel(m.flop_share > 0.5 ? "ops; floor: flop" : "ops; floor: memory");
+                   state.SetLabel(lora.path() + (m.flop_share > 0.5 ? "; floor: flop" : "; floor: memory"));
                  });
 }
 

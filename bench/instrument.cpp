@@ -108,9 +108,9 @@ void fma(benchmark::State& state, Index threads) {
 
 void double_tokens(benchmark::State& state, Index threads) {
   const Backend be = backend(threads);
-  const lm::bench::CaseOptions shape{.tokens = 512, .d_in = 1024, .d_out = 1024, .total_rank = 64};
+  const lm::bench::CaseOptions shape{.tokens = 256, .d_in = 256, .d_out = 256, .total_rank = 64};
   lm::bench::CaseOptions twice = shape;
-  twice.tokens = 1024;
+  twice.tokens = 512;
   lm::bench::Case<lm::Lora<float>> c(be, shape), c2(be, twice);
   const auto m = lm::bench::measure(c.work(true, true), c.floor(true, true),
                                     {{"A/A", c.work(true, true)}, {"2T", c2.work(true, true)}});

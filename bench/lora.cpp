@@ -51,8 +51,10 @@ void add(Axes axes, std::initializer_list<Index> threads, std::initializer_list<
 void register_lora() {
   const auto both = {Passes::forward, Passes::train};
   const auto forward = {Passes::forward};
-  for (const Index r : {8, 16, 64}) add({.T = 512, .d_in = 4096, .d_out = 4096, .R = r, .note = "B1"}, {1, 2}, both);
-  add({.T = 512, .d_in = 4096, .d_out = 11008, .R = 128, .note = "B2"}, {1, 2}, both);
+  add({.T = 512, .d_in = 4096, .d_out = 4096, .R = 8, .note = "B1"}, {2}, both);
+  add({.T = 512, .d_in = 4096, .d_out = 4096, .R = 16, .note = "B1"}, {1, 2}, both);
+  add({.T = 512, .d_in = 4096, .d_out = 4096, .R = 64, .note = "B1"}, {2}, both);
+  add({.T = 512, .d_in = 4096, .d_out = 11008, .R = 128, .note = "B2"}, {2}, both);
   add({.T = 16, .d_in = 4096, .d_out = 4096, .R = 16}, {1, 2}, both);
   add({.T = 2048, .d_in = 4096, .d_out = 4096, .R = 16}, {2}, both);
   // Decoding: 1,400 adapters of 512 KB gone round, so that weights are cold (SPEED: only they count at T = 1).

@@ -4,6 +4,7 @@
 //   demo [--out FOLDER] [--quick] [--same-labels] [--threads N]
 //
 // The training loop of an adapter is in adapted.hpp. The same accuracies in every run, with any number of threads.
+#include <chrono>
 #include <cstdlib>
 #include <exception>
 #include <loramix/adapter/lora.hpp>
@@ -61,55 +62,68 @@ Task make_task(const Images& digits, const Options& options, std::uint64_t seed)
   return task;
 }
 
-int run(const Options& options) {
-  Eigen::setNbThreads(1);  // the threads work on different seeds and methods instead
+/// Every method on every task, as many at a time as there are threads. No number depends on how many.
+std::vector<Row> learn(const Images& digits, const Options& options, std::vector<Task>& tasks) {
+  std::vector<Row> rows;
+  for (const Method& method : all_methods()) rows.push_back({method, std::vector<Outcome>(tasks.size())});
+
+  Eigen::setNbThreads(1);
   lm::ThreadPool pool(options.threads);
-  std::filesystem::create_directories(options.out);
-
-  const std::vector<Method> methods = all_methods();
-  const Images digits = read_digits(LORAMIX_EXAMPLES_DIR "/data/digits.csv");
-  std::vector<Task> tasks(options.quick ? 1 : 5);
-  std::vector<std::vector<Outcome>> outcomes(methods.size(), std::vector<Outcome>(tasks.size()));
-  Progress progress(tasks.size() * (methods.size() + 1));
-
-  const double seconds = seconds_of([&] {
-    const auto each = [&](std::size_t jobs, const auto& job) {
-      pool.executor().run(static_cast<Index>(jobs), [&](Index i, Index) { job(static_cast<std::size_t>(i)); });
-    };
-    each(tasks.size(), [&](std::size_t seed) {
-      tasks[seed] = make_task(digits, options, seed + 1);
-      progress.done("base network, seed " + std::to_string(seed + 1));
-    });
-    each(methods.size() * tasks.size(), [&](std::size_t job) {
-      const std::size_t method = job / tasks.size(), seed = job % tasks.size();
-      outcomes[method][seed] = methods[method].run(tasks[seed]);
-      progress.done(methods[method].name + ", seed " + std::to_string(seed + 1));
-    });
+  const lm::Index seeds = static_cast<lm::Index>(tasks.size()), methods = static_cast<lm::Index>(rows.size());
+  Progress progress(static_cast<std::size_t>(seeds * (1 + methods)), options.threads);
+  pool.executor().run(seeds, [&](Index seed, Index) {
+    tasks[seed] = make_task(digits, options, seed + 1);
+    progress.done("base network, seed " + std::to_string(seed + 1));
   });
+  pool.executor().run(seeds * methods, [&](Index job, Index) {
+    Row& row = rows[job / seeds];
+    const Index seed = job % seeds;
+    row.seeds[seed] = row.method.run(tasks[seed]);
+    progress.done(row.method.name + ", seed " + std::to_string(seed + 1));
+  });
+  return rows;
+}
 
+void print_setting(const Options& options, const std::vector<Task>& tasks) {
   double clean = 0;
   for (const Task& task : tasks) {
-    clean += accuracy(task.base.logits(task.data.clean_test.x), task.data.clean_test.label) / tasks.size();
+    const Images& test = task.data.clean_test;
+    clean += accuracy(task.base.logits(test.x), test.label) / static_cast<double>(tasks.size());
   }
   std::printf(
-      "Digits in six domains, %s labels: accuracy in %% of 540 test images, %zu seed%s. The base network reads "
-      "%.1f %% of\nthe clean images.\n\n",
+      "Handwritten digits in six domains with %s labels: %% of 540 test images read right, mean of %zu seed%s.\n"
+      "The base network reads %.1f %% of the clean images.\n\n",
       options.same_labels ? "the same" : "conflicting", tasks.size(), tasks.size() == 1 ? "" : "s", clean);
-  print_table(methods, outcomes);
+}
 
+/// Saves, loads and merges what was trained with the first seed.
+bool check_round_trips(const std::vector<Row>& rows, const std::string& folder) {
   bool passed = true;
-  std::printf("\nWhat was trained with the first seed, saved, loaded and merged:\n");
-  for (std::size_t i = 0; i < methods.size(); ++i) {
-    if (!outcomes[i][0].check) continue;
-    const RoundTrip trip = outcomes[i][0].check(options.out);
-    std::printf("%s %s\n", trip.passed ? "ok    " : "FAILED", trip.text.c_str());
+  std::printf("Saved in %s, loaded back, merged into the weights and taken out again (first seed):\n", folder.c_str());
+  for (const Row& row : rows) {
+    if (!row.seeds[0].check) continue;
+    const RoundTrip trip = row.seeds[0].check(folder);
+    std::printf("  %-8s%s\n", trip.passed ? "ok" : "FAILED", trip.text.c_str());
     passed = passed && trip.passed;
   }
+  return passed;
+}
 
-  const std::string file = options.out + "/results.json";
-  write_results(file, methods, outcomes);
-  std::printf("\n%.0f s with %d thread%s; written to %s\n", seconds, options.threads, options.threads == 1 ? "" : "s",
-              file.c_str());
+int run(const Options& options) {
+  std::filesystem::create_directories(options.out);
+  const Images digits = read_digits(LORAMIX_EXAMPLES_DIR "/data/digits.csv");
+  std::vector<Task> tasks(options.quick ? 1 : 5);
+  const auto start = std::chrono::steady_clock::now();
+  const std::vector<Row> rows = learn(digits, options, tasks);
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+
+  print_setting(options, tasks);
+  print_table(rows);
+  std::printf("\n");
+  const bool passed = check_round_trips(rows, options.out);
+  const std::string results = options.out + "/results.json";
+  write_results(results, rows);
+  std::printf("\n%.0f s; written to %s\n", seconds.count(), results.c_str());
   return passed ? 0 : 1;
 }
 

@@ -13,15 +13,19 @@
 
 namespace demo {
 
-/// One line that says how far the work is; on a terminal only.
+/// How far the work is: one line, rewritten on a terminal, written once elsewhere.
 class Progress {
  public:
-  explicit Progress(std::size_t jobs) : jobs_(jobs) {}
-
+  Progress(std::size_t jobs, int threads) : jobs_(jobs) {
+    std::printf("training %zu networks, %d at a time%s", jobs, threads, terminal_ ? "" : "\n\n");
+    std::fflush(stdout);
+  }
   void done(const std::string& what) {
     const std::lock_guard lock(mutex_);
     ++done_;
-    if (terminal_) std::printf("\r\033[K[%zu/%zu] %s", done_, jobs_, done_ < jobs_ ? what.c_str() : "\r\033[K");
+    if (!terminal_) return;
+    std::printf("\r\033[K");
+    if (done_ < jobs_) std::printf("[%zu/%zu] %s", done_, jobs_, what.c_str());
     std::fflush(stdout);
   }
 
@@ -30,6 +34,11 @@ class Progress {
   const bool terminal_ = isatty(STDOUT_FILENO) != 0;
   const std::size_t jobs_;
   std::size_t done_ = 0;
+};
+
+struct Row {
+  Method method;
+  std::vector<Outcome> seeds;
 };
 
 /// A method over all seeds.
@@ -56,38 +65,37 @@ inline double percent_of_network(const Method& method) {
   return 100.0 * static_cast<double>(method.trainable) / static_cast<double>(Network::size());
 }
 
-inline void print_table(const std::vector<Method>& methods, const std::vector<std::vector<Outcome>>& outcomes) {
-  std::printf("%-18s%10s%8s%9s", "method", "trainable", "%", "seconds");
-  for (const char* name : domain_names) std::printf("%10s", name);
+inline void print_table(const std::vector<Row>& rows) {
+  std::printf("%-17s%10s%7s%9s", "method", "trainable", "%", "seconds");
+  for (const char* name : domain_names) std::printf("%9s", name);
   std::printf("%15s\n", "average ± sd");
-  for (std::size_t i = 0; i < methods.size(); ++i) {
-    const Summary s = summarise(outcomes[i]);
-    std::printf("%-18s%10lld%8.1f%9.1f", methods[i].name.c_str(), static_cast<long long>(methods[i].trainable),
-                percent_of_network(methods[i]), s.seconds);
-    for (const double percent : s.accuracy) std::printf("%10.1f", percent);
+  for (const Row& row : rows) {
+    const Summary s = summarise(row.seeds);
+    std::printf("%-17s%10lld%7.1f%9.1f", row.method.name.c_str(), static_cast<long long>(row.method.trainable),
+                percent_of_network(row.method), s.seconds);
+    for (const double percent : s.accuracy) std::printf("%9.1f", percent);
     std::printf("%8.1f ± %3.1f\n", s.average, s.sd);
   }
 }
 
-inline void write_results(const std::string& file, const std::vector<Method>& methods,
-                          const std::vector<std::vector<Outcome>>& outcomes) {
-  nlohmann::ordered_json rows = nlohmann::ordered_json::array();
-  for (std::size_t i = 0; i < methods.size(); ++i) {
-    const Summary s = summarise(outcomes[i]);
+inline void write_results(const std::string& path, const std::vector<Row>& rows) {
+  nlohmann::ordered_json results = nlohmann::ordered_json::array();
+  for (const Row& row : rows) {
+    const Summary s = summarise(row.seeds);
     nlohmann::ordered_json accuracy;
     for (int k = 0; k < domains; ++k) accuracy[domain_names[k]] = s.accuracy[k];
-    rows.push_back({{"method", methods[i].name},
-                    {"trainable", methods[i].trainable},
-                    {"percent", percent_of_network(methods[i])},
-                    {"seconds", s.seconds},
-                    {"seeds", outcomes[i].size()},
-                    {"accuracy", accuracy},
-                    {"average", s.average},
-                    {"sd", s.sd}});
+    results.push_back({{"method", row.method.name},
+                       {"trainable", row.method.trainable},
+                       {"percent", percent_of_network(row.method)},
+                       {"seconds", s.seconds},
+                       {"seeds", row.seeds.size()},
+                       {"accuracy", accuracy},
+                       {"average", s.average},
+                       {"sd", s.sd}});
   }
-  std::ofstream out(file);
-  out << rows.dump(2) << '\n';
-  if (!out.flush()) throw std::runtime_error("cannot write " + file);
+  std::ofstream file(path);
+  file << results.dump(2) << '\n';
+  if (!file.flush()) throw std::runtime_error("cannot write " + path);
 }
 
 }  // namespace demo

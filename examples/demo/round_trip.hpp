@@ -16,12 +16,6 @@ struct RoundTrip {
   std::string text;
 };
 
-inline std::string scientific(double value) {
-  char text[32];
-  std::snprintf(text, sizeof text, "%.1g", value);
-  return text;
-}
-
 /// "LoRA, r = 24" is saved as lora-r-24.safetensors.
 inline std::string file_name(const std::string& method) {
   std::string name;
@@ -36,23 +30,28 @@ inline std::string file_name(const std::string& method) {
 
 /// How far the outputs of two models lie apart over all test images.
 struct Difference {
-  double outputs = 0;     // largest difference of two / largest output
+  float outputs = 0;      // largest difference of two / largest output; NaN stays
   Index predictions = 0;  // that differ
 };
 
 template <class Model, class Other>
 Difference difference(const Model& model, const Other& other, const Data& data) {
-  Difference d;
-  float size = 0, apart = 0;
+  const auto larger = [](float a, float b) { return b <= a ? a : b; };
+  Difference found;
+  float largest = 0;
   for (const Images& images : data.test) {
     const Matrix a = model.logits(images.x), b = other.logits(images.x);
-    size = std::max(size, a.cwiseAbs().maxCoeff());
-    apart = std::max(apart, (a - b).cwiseAbs().maxCoeff());
+    largest = larger(largest, a.cwiseAbs().maxCoeff<Eigen::PropagateNaN>());
+    found.outputs = larger(found.outputs, (a - b).cwiseAbs().maxCoeff<Eigen::PropagateNaN>());
     const std::vector<int> p = predictions(a), q = predictions(b);
-    for (std::size_t t = 0; t < p.size(); ++t) d.predictions += p[t] != q[t];
+    for (std::size_t t = 0; t < p.size(); ++t) found.predictions += p[t] != q[t];
   }
-  d.outputs = static_cast<double>(apart) / static_cast<double>(size);
-  return d;
+  found.outputs /= largest;
+  return found;
+}
+
+inline bool same_bits(const Network& a, const Network& b) {
+  return std::memcmp(a.parameters().data, b.parameters().data, sizeof(float) * Network::size()) == 0;
 }
 
 template <class Adapter>
@@ -72,25 +71,30 @@ Adapted<Adapter> saved_and_loaded(const Adapted<Adapter>& model, const Network& 
 }
 
 template <class Adapter>
-RoundTrip round_trip(const Adapted<Adapter>& model, const Network& base, const Data& data, const std::string& path) {
-  const Adapted<Adapter> loaded = saved_and_loaded(model, base, path);
-  const Difference d = difference(model, loaded, data);
-  RoundTrip trip{d.outputs == 0 && d.predictions == 0, path + ": outputs differ by " + scientific(d.outputs) + ", " +
-                                                           std::to_string(d.predictions) + " predictions"};
+RoundTrip round_trip(const Adapted<Adapter>& model, const Network& base, const Data& data, const std::string& folder,
+                     const std::string& file) {
+  const Adapted<Adapter> loaded = saved_and_loaded(model, base, folder + "/" + file);
+  const Difference after_loading = difference(model, loaded, data);
+  bool passed = after_loading.outputs == 0 && after_loading.predictions == 0;
+  std::string text = file + ": loaded: outputs " + (passed ? "the same" : "DIFFER");
+
   if constexpr (merges_exactly<Adapter>) {
     const lm::cpu::Backend be;
     Network network = base;
     std::vector<lm::Merged<float>> merged;
     for (int l = 0; l < layers; ++l) merged.push_back(lm::merge(be, loaded.adapters[l], network.weight_view(l)));
-    const Difference m = difference(model, network, data);
+    const Difference after_merging = difference(model, network, data);
     for (int l = 0; l < layers; ++l) merged[l].undo(network.weight_view(l));
-    const bool undone = std::memcmp(network.parameters().data, base.parameters().data,
-                                    sizeof(float) * static_cast<std::size_t>(Network::size())) == 0;
-    trip.passed = trip.passed && m.outputs < 1e-5 && m.predictions == 0 && undone;
-    trip.text += "; merged: by " + scientific(m.outputs) + ", " + std::to_string(m.predictions) +
-                 " predictions; undone: " + (undone ? "bitwise the base" : "not the base");
+    const bool undone = same_bits(network, base);
+
+    char line[160];
+    std::snprintf(line, sizeof line, "; merged: %d predictions differ, outputs by %.0e; undone: bits %s",
+                  static_cast<int>(after_merging.predictions), static_cast<double>(after_merging.outputs),
+                  undone ? "the same" : "DIFFER");
+    text += line;
+    passed = passed && after_merging.predictions == 0 && after_merging.outputs < 1e-5f && undone;
   }
-  return trip;
+  return {passed, text};
 }
 
 }  // namespace demo

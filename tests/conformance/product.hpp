@@ -56,6 +56,7 @@ struct ProductCase {
   lm::Into into;
   Index padding;
   std::uint64_t first_token;
+  bool side_rows = false;  // even where the gate has no use for them
 };
 
 inline std::string describe(const ProductCase& c) {
@@ -108,7 +109,7 @@ class ProductTest {
   ProductTest(H& harness, const ProductCase& c, Random& random) : harness_(harness), case_(c), random_(random) {
     const ProductShape& s = c.shape;
     data_ = draw_gate(random, c.gate, s.tokens, s.experts, s.rank);
-    const Index ranks = s.experts * s.rank, side = c.gate.computed ? s.experts : 0;
+    const Index ranks = s.experts * s.rank, side = c.gate.computed || c.side_rows ? s.experts : 0;
     x_ = Tensor<H, X>(harness, draw_grid(random, s.tokens, s.d_in), c.padding);
     A_ = Tensor<H, W>(harness, draw_grid(random, s.shared_a ? s.rank : ranks, s.d_in), c.padding);
     Grid<double> side_rows = draw_grid(random, side, s.d_in);
@@ -137,6 +138,65 @@ class ProductTest {
     truth_.s = Tracked(1.25);
   }
 
+  /// Every output by itself has the bits that it has beside the others.
+  void run_one_by_one() {
+    run_shrink();
+    const Tensor<H, W> B(harness_, B_values_, case_.padding);
+    LoweredGate<H, Score> gate(harness_, data_, case_.padding);
+    const NamedGate<Tracked> named = truth<Tracked>(data_);
+    const auto expand = [&](int only) {
+      Results<row> r;
+      r.du = output<Acc>(u_.view().rows, u_.view().cols);
+      r.dB = output<G>(case_.shape.d_out, data_.ranks);
+      const GateGradients<H, Score> dgate(named, case_.padding, [&](Index rows, Index cols, Index padding) {
+        return output<Score>(rows, cols, padding, lm::Into::set);
+      });
+      r.factors = dgate.tensors;
+      lm::GateGradient<Score, space> wanted = dgate.views;
+      if (only >= 0) {
+        wanted = {};
+        if (only == 1) wanted.id_weights = dgate.views.id_weights;
+        if (only == 2) wanted.weights = dgate.views.weights;
+        if (only == 3) wanted.values = dgate.views.values;
+        if (only == 4) wanted.multiplier = dgate.views.multiplier;
+        if (only == 5) wanted.rank_scale = dgate.views.rank_scale;
+      }
+      run(harness_,
+          lm::ExpandBackward<Acc, W, X, Score, G, space, row>{
+              u_.view(), gate.form(), B.view(), Acc(1.25), dy_.view(), r.du.view(),
+              only <= 0 ? r.dB.view() : lm::MatrixView<G, space, row>{}, wanted, lm::Into::set, lm::Into::set});
+      return r;
+    };
+    const auto all = expand(-1);
+    REQUIRE(all.factors.size() == 5);
+    for (int only = 0; only <= 5; ++only) {
+      const auto one = expand(only);
+      INFO("only gradient ", only);
+      CHECK(same(one.du, all.du));
+      if (only == 0)
+        CHECK(same(one.dB, all.dB));
+      else
+        CHECK(same(one.factors[static_cast<std::size_t>(only - 1)], all.factors[static_cast<std::size_t>(only - 1)]));
+    }
+
+    const Tensor<H, Score> dh(harness_, draw_grid(random_, h_.view().rows, h_.view().cols), case_.padding);
+    const auto shrink = [&](int only) {
+      Results<row> r;
+      r.dA = output<G>(A_.view().rows, case_.shape.d_in);
+      r.dside = output<G>(side_.view().rows, case_.shape.d_in);
+      r.dx = output<X>(case_.shape.tokens, case_.shape.d_in);
+      const auto wanted = [&](int which, auto view) { return only < 0 || only == which ? view : decltype(view){}; };
+      run(harness_, lm::ShrinkBackward<X, W, Acc, Score, G, space>{
+                        A_.view(), side_.view(), x_.view(), dropout_, all.du.view(), dh.view(), wanted(0, r.dA.view()),
+                        wanted(1, r.dside.view()), wanted(2, r.dx.view()), lm::Into::set, lm::Into::set});
+      return r;
+    };
+    const auto both = shrink(-1);
+    CHECK(same(shrink(0).dA, both.dA));
+    CHECK(same(shrink(1).dside, both.dside));
+    CHECK(same(shrink(2).dx, both.dx));
+  }
+
   void run_all() {
     run_shrink();
     run_order<lm::Major::column>();
@@ -144,6 +204,26 @@ class ProductTest {
   }
 
  private:
+  template <lm::Major M>
+  struct Results {
+    Tensor<H, Acc> du;
+    Tensor<H, G, M> dB;
+    std::vector<Tensor<H, Score>> factors;
+    Tensor<H, G> dA, dside;
+    Tensor<H, X> dx;
+  };
+  /// The same bits, and numbers: what was never written is NaN.
+  template <class T>
+  bool same(const T& a, const T& b) {
+    std::string problem;
+    const Grid<double> values = a.read(harness_, problem);
+    for (Index i = 0; i < values.size(); ++i) {
+      if (!std::isfinite(values[i])) return false;
+    }
+    const auto x = a.bits(harness_), y = b.bits(harness_);
+    return values.size() != 0 && problem.empty() && std::memcmp(x.data(), y.data(), x.size() * sizeof(x[0])) == 0;
+  }
+
   void run_shrink() {
     const ProductShape& s = case_.shape;
     u_ = Tensor<H, Acc>::poisoned(harness_, s.tokens, A_.view().rows, case_.padding);
@@ -289,6 +369,18 @@ void product_conforms(H& harness, const ProductBudget& budget) {
     }
   }
   CHECK(ran > 0);
+}
+
+/// Outputs that are not wanted stay away, and the others do not notice.
+template <class Precision, class H>
+void product_outputs_are_optional(H& harness) {
+  Random random(seed(3));
+  for (const GateSpec& gate : gate_specs()) {
+    if (std::string(gate.name) != "every slot") continue;
+    const ProductCase c{gate, {67, 24, 17, 3, 3}, true, lm::Into::set, 3, 0, true};
+    ProductTest<Precision, H>(harness, c, random).run_one_by_one();
+    CHECK(harness.release());
+  }
 }
 
 }  // namespace loramix_test

@@ -126,6 +126,16 @@ TEST_CASE("keep8 is keep eight times; bits follow the half-words") {
   CHECK(wrong == 0);
 }
 
+TEST_CASE("a draw equal to p16 is kept, one below is not") {
+  const std::uint64_t key = lm::philox_key(known);
+  for (lm::Index column = 0; column < 64; ++column) {
+    const lm::PhiloxWords words = lm::draw_block(key, lm::Purpose::dropout, 3, static_cast<std::uint32_t>(column / 8));
+    const std::uint32_t draw16 = words.word[column % 8 / 2] >> (column % 2 * 16) & 0xffffu;
+    CHECK(lm::Dropout{key, 0, draw16}.keep(3, column));
+    CHECK(!lm::Dropout{key, 0, draw16 + 1}.keep(3, column));
+  }
+}
+
 TEST_CASE("first_token shifts the rows, across 2^32 too") {
   for (const std::uint64_t shift : {std::uint64_t{1}, std::uint64_t{37}, (std::uint64_t{1} << 32) - 2}) {
     lm::Key later = known;

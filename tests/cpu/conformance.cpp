@@ -5,4 +5,5 @@
 TEST_CASE_TEMPLATE("the gated product conforms", P, float, double) {
   loramix_test::CpuHarness<> harness;
   loramix_test::product_conforms<P>(harness, {});
+  loramix_test::product_outputs_are_optional<P>(harness);
 }

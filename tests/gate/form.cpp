@@ -161,6 +161,7 @@ TEST_CASE("check_form refuses what a form must not be") {
   constexpr Index tokens = 4, ranks = 6;
   const std::int32_t ids[8] = {0, 1, 2, -1, 1, 0, -1, -1}, bad_low[4] = {0, -2, 1, 1}, bad_high[4] = {0, 1, 3, 1};
   const std::int32_t twice[4] = {0, 0, 1, 2}, bad_group[4] = {0, 1, 2, 0};
+  const std::int32_t nobody[4] = {-1, -1, -1, -1};
   const lm::Index offsets[4] = {0, 1, 4, 6}, short_offsets[3] = {0, 1, 3}, late[3] = {1, 2, 4}, halves[3] = {0, 2, 4},
                   descending[4] = {0, 3, 2, 4};
   const lm::Index mixed_descending[4] = {0, 4, 3, 6};
@@ -206,6 +207,14 @@ TEST_CASE("check_form refuses what a form must not be") {
   f.tokens = 3;
   refuses(lm::ErrorCode::shape, {"tokens", "3", "4"}, f);
 
+  // No tokens: an empty vector of ids has a null address, and that is no error.
+  f = {};
+  f.ranks = ranks;
+  f.experts = 3;
+  f.weights = {numbers, 4, 3};
+  f.weight_groups = lm::Groups<>::by_id(nullptr, 4);
+  lm::check_form("the_op", f, 0, ranks);
+
   // Every slot that has groups checks them, and its own size.
   const auto with_groups = [&](const char* slot, auto set) {
     const std::string name = slot;
@@ -219,6 +228,8 @@ TEST_CASE("check_form refuses what a form must not be") {
     auto g = good;
     set(g, lm::Groups<>::by_id(bad_group, 3), 3);
     lm::check_form("the_op", g, tokens, ranks);
+    bad(lm::ErrorCode::null, {name, "3 groups", "null ids", "4 tokens"}, lm::Groups<>::by_id(nullptr, 3), 3);
+    bad(lm::ErrorCode::null, {name, "groups of tokens"}, lm::Groups<>::by_id(nobody, 0), 0);
     bad(lm::ErrorCode::value, {name, "group id 2", "token 2", "2 groups"}, lm::Groups<>::by_id(bad_group, 2), 2);
     bad(lm::ErrorCode::shape, {name, "3", "4"}, lm::Groups<>::by_segment(short_offsets, 2), 2);
     bad(lm::ErrorCode::shape, {name, "first", "1", "0"}, lm::Groups<>::by_segment(late, 2), 2);
@@ -228,23 +239,37 @@ TEST_CASE("check_form refuses what a form must not be") {
   };
   const std::uint8_t bits[24] = {};
   with_groups("prefix", [&](auto& g, lm::Groups<> groups, Index rows) {
-    g.prefix = {ids, rows};
+    g.prefix = {rows == 0 ? nullptr : ids, rows};
     g.prefix_groups = groups;
   });
   with_groups("subset", [&](auto& g, lm::Groups<> groups, Index rows) {
-    g.subset = {bits, rows, ranks};
+    g.subset = {rows == 0 ? nullptr : bits, rows, ranks};
     g.subset_groups = groups;
   });
   with_groups("weights", [&](auto& g, lm::Groups<> groups, Index rows) {
-    g.weights = {numbers, rows, 3};
+    g.weights = {rows == 0 ? nullptr : numbers, rows, 3};
     g.weight_groups = groups;
   });
   with_groups("multiplier", [&](auto& g, lm::Groups<> groups, Index rows) {
-    g.multiplier = {numbers, rows};
+    g.multiplier = {rows == 0 ? nullptr : numbers, rows};
     g.multiplier_groups = groups;
   });
   with_groups("ids", [&](auto& g, lm::Groups<> groups, Index rows) {
-    g.ids = {ids + 4, rows, 1};
+    g.ids = {rows == 0 ? nullptr : ids + 4, rows, 1};
     g.id_groups = groups;
   });
+
+  // A slot that has a size but no memory was meant to be there: it is not "open".
+  const auto null_slot = [&](const char* slot, auto set) {
+    auto g = good;
+    set(g);
+    refuses(lm::ErrorCode::null, {"gate", slot, "null"}, g);
+  };
+  null_slot("weights", [](auto& g) { g.weights = {nullptr, tokens, 3}; });
+  null_slot("values", [](auto& g) { g.values = {nullptr, tokens, ranks}; });
+  null_slot("rank_scale", [](auto& g) { g.rank_scale = {nullptr, ranks}; });
+  null_slot("multiplier", [](auto& g) { g.multiplier = {nullptr, tokens}; });
+  null_slot("ids", [](auto& g) { g.ids = {nullptr, tokens, 1}; });
+  null_slot("prefix", [](auto& g) { g.prefix = {nullptr, tokens}; });
+  null_slot("subset", [](auto& g) { g.subset = {nullptr, tokens, ranks}; });
 }

@@ -24,9 +24,9 @@ __global__ void reduce_kernel(const T* values, Index n, T* scratch, TeamResults<
   team.once([=] { *out = {}; });
   team.each(n, [=](Index i) { scratch[i] = values[i] + T(1); });
   const T sum = team.sum(n, [=](Index i) { return values[i]; });
-  const T maximum = team.maximum(n, [=](Index i) { return values[i]; });
-  // What other threads wrote inside each.
+  // What other threads wrote inside each. Right after another sum: both use the same shared memory.
   const T of_others = team.sum(n, [=](Index i) { return scratch[n - 1 - i]; });
+  const T maximum = team.maximum(n, [=](Index i) { return values[i]; });
   team.once([=] {
     out->sum = sum;
     out->maximum = maximum;

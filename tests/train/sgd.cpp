@@ -77,7 +77,7 @@ TEST_CASE_TEMPLATE("SGD of an adapter follows the formula", W, float, double, lm
       if (p.group == "A")
         CHECK(moved == 0);
       else
-        CHECK(moved > p.size / 2);
+        CHECK(moved > p.size / 8);
     }
   }
 }

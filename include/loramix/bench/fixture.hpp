@@ -21,7 +21,7 @@
 
 #include <benchmark/benchmark.h>
 
-#include <loramix/adapter/forward.hpp>
+#include <loramix/adapter/explain.hpp>
 #include <loramix/adapter/initialise.hpp>
 #include <loramix/bench/floor.hpp>
 
@@ -52,17 +52,6 @@ void fill_uniform(MatrixView<T, Space::host, M> v, std::uint64_t seed, double bo
     }
   }
 }
-
-namespace detail {
-/// What the backend says it does; nothing where there is no explain() for it.
-template <class Backend, class A>
-std::string path_of(const Backend& be, const A& adapter, Index tokens) {
-  if constexpr (requires { explain(be, adapter, tokens).path; })
-    return explain(be, adapter, tokens).path;
-  else
-    return "";
-}
-}  // namespace detail
 
 /// See the top of this header.
 template <ProductAdapter Adapter>
@@ -106,7 +95,7 @@ class Case {
     floor_ = [this, be](bool with_forward, bool with_backward) {
       return Floor::of<Accumulation>(be, passes(with_forward, with_backward));
     };
-    path_ = detail::path_of(be, adapter, o.tokens);
+    path_ = explain(be, adapter, o.tokens).facts.path;
   }
   Case(const Case&) = delete;
   Case& operator=(const Case&) = delete;
@@ -147,7 +136,7 @@ class Case {
     state.counters["scratch"] = static_cast<double>(work_.size());
     if (!options_.inference) state.counters["reserve"] = static_cast<double>(reserve_.size());
     const char* const bound = m.flop_share > 0.5 ? "floor: flop" : "floor: memory";
-    state.SetLabel(path_.empty() ? bound : path_ + "; " + bound);
+    state.SetLabel(path_ + "; " + bound);
   }
 
   Adapter& adapter(Index copy = 0) { return adapters_[static_cast<std::size_t>(copy)]; }

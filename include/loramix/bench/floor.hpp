@@ -3,7 +3,7 @@
 /// Computes:    floor = Σ over passes of max(flop / FMA rate, time of the memory twin). The FMA rate is that of
 ///              independent multiply-add chains in registers, on all lanes of the backend; the twin touches the pass's
 ///              own operands and nothing else: it reads those that are read, reads and writes back, unchanged, those
-///              that are added to, in chunks over the same lanes.
+///              that are added to, both at the same time, over the same lanes.
 /// Parameters:  Traffic of each pass: spans [bytes] of host memory. A ring of several is gone round, call by call, as a
 ///              benchmark on cold weights goes round its adapters.
 /// Errors:      none.
@@ -11,6 +11,7 @@
 /// Determinism: operands keep their bits.
 /// Example:     bench/instrument.cpp checks it on work whose cost is known.
 #pragma once
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -94,7 +95,7 @@ constexpr FmaKernel<T> fma_kernel() {
 /// What the compiler must not know, and what it must believe is used.
 template <class T>
 struct Opaque {
-  static inline volatile T ratio = T(0.999), step = T(0.001), sink = T(0);
+  static inline std::atomic<T> ratio{T(0.999)}, step{T(0.001)}, zero{T(0)}, sink{T(0)};
 };
 
 template <class T>
@@ -107,7 +108,9 @@ const FmaKernel<T>& fastest_fma() {
     for (int repeat = 0; repeat < 5; ++repeat) {
       for (const FmaKernel<T>& k : kernels) {
         const Index steps = 20000;
-        const double s = seconds_of([&] { Opaque<T>::sink = k.run(steps, Opaque<T>::ratio, Opaque<T>::step); }, 1);
+        const double s = seconds_of(
+            [&] { Opaque<T>::sink.store(k.run(steps, Opaque<T>::ratio, Opaque<T>::step), std::memory_order_relaxed); },
+            1);
         const double got = k.flop_per_step * static_cast<double>(steps) / s;
         if (got > rate) rate = got, fastest = k;
       }
@@ -126,6 +129,7 @@ inline std::uint64_t read_bytes(const std::byte* p, Index bytes) {
     const Word* const w = reinterpret_cast<const Word*>(p + i);
     sum[0] ^= w[0], sum[1] ^= w[1], sum[2] ^= w[2], sum[3] ^= w[3];
   }
+  for (; i + 64 <= bytes; i += 64) sum[0] ^= *reinterpret_cast<const Word*>(p + i);
   std::uint64_t total = 0;
   for (; i < bytes; ++i) total += static_cast<std::uint64_t>(p[i]);
   sum[0] ^= sum[1] ^ sum[2] ^ sum[3];
@@ -140,6 +144,7 @@ inline void update_bytes(std::byte* p, Index bytes, std::uint64_t mask) {
     Word* const w = reinterpret_cast<Word*>(p + i);
     w[0] ^= m, w[1] ^= m, w[2] ^= m, w[3] ^= m;
   }
+  for (; i + 64 <= bytes; i += 64) *reinterpret_cast<Word*>(p + i) ^= m;
   for (; i < bytes; ++i) p[i] ^= static_cast<std::byte>(mask & 255u);
 }
 
@@ -159,7 +164,7 @@ class FmaProbe {
       be.run(jobs, [&kernel](Index, Index) {
         using Values = detail::Opaque<T>;
         const T got = kernel.run(steps, Values::ratio, Values::step);
-        if (got == T(-1)) Values::sink = got;  // never: chains tend to 1
+        Values::sink.store(got, std::memory_order_relaxed);
       });
     };
     return probe;
@@ -179,19 +184,24 @@ class MemoryTwin {
   template <class Backend>
   MemoryTwin(const Backend& be, std::vector<Traffic> ring)
       : run_([be](Index n, const std::function<void(Index)>& f) { be.run(n, [&f](Index job, Index) { f(job); }); }) {
-    for (const Traffic& traffic : ring) plans_.push_back(plan(traffic, be.lanes()));
+    for (const Traffic& traffic : ring) plans_.push_back(plan_of(traffic, be.lanes()));
   }
 
   void operator()() {
-    const std::vector<Piece>& pieces = plans_[next_];
+    const Plan& plan = plans_[next_];
     next_ = next_ + 1 == plans_.size() ? 0 : next_ + 1;
-    run_(static_cast<Index>(pieces.size()), [&pieces](Index job) {
-      const Piece& piece = pieces[static_cast<std::size_t>(job)];
-      if (piece.updated) {
-        detail::update_bytes(piece.span.data, piece.span.bytes, detail::Opaque<std::uint64_t>::sink);
-      } else if (detail::read_bytes(piece.span.data, piece.span.bytes) == 1) {
-        detail::Opaque<std::uint64_t>::step = 1;
+    run_(plan.jobs, [&plan](Index job) {
+      const Index count = static_cast<Index>(plan.pieces.size());
+      std::uint64_t sum = 0;
+      const std::uint64_t zero = detail::Opaque<std::uint64_t>::zero;
+      for (Index i = job * count / plan.jobs; i < (job + 1) * count / plan.jobs; ++i) {
+        const Piece& piece = plan.pieces[static_cast<std::size_t>(i)];
+        if (piece.updated)
+          detail::update_bytes(piece.span.data, piece.span.bytes, zero);
+        else
+          sum ^= detail::read_bytes(piece.span.data, piece.span.bytes);
       }
+      detail::Opaque<std::uint64_t>::sink.store(sum, std::memory_order_relaxed);
     });
   }
 
@@ -200,23 +210,52 @@ class MemoryTwin {
     Span span;
     bool updated;
   };
-  static std::vector<Piece> plan(const Traffic& traffic, Index lanes) {
-    // Small enough to balance the lanes, large enough for the prefetcher, and 4 KB at least.
-    const Index share = traffic.bytes() / (8 * lanes) / 4096 * 4096;
-    const Index chunk = lanes == 1 ? INT64_MAX : std::clamp(share, Index{4096}, Index{1} << 18);
+  struct Plan {
     std::vector<Piece> pieces;
-    const auto cut = [&](const Span& span, bool updated) {
-      for (Index at = 0; at < span.bytes; at += std::min(chunk, span.bytes - at)) {
-        pieces.push_back({{span.data + at, std::min(chunk, span.bytes - at)}, updated});
-      }
-    };
-    for (const Span& span : traffic.read) cut(span, false);
-    for (const Span& span : traffic.updated) cut(span, true);
-    return pieces;
+    Index jobs = 1;
+  };
+
+  /// Small pieces of what is read and of what is updated, in turn, so that loads and stores overlap as in the fastest
+  /// kernel; consecutive ones make a job: few jobs on one lane, enough to balance several.
+  static Plan plan_of(const Traffic& traffic, Index lanes) {
+    Index read = 0, updated = 0;
+    for (const Span& s : traffic.read) read += s.bytes;
+    for (const Span& s : traffic.updated) updated += s.bytes;
+    const Index slices = std::max<Index>(1, (read + updated) / 4096);
+    Plan plan;
+    Cursor reads{&traffic.read}, updates{&traffic.updated};
+    for (Index i = 1; i <= slices; ++i) {
+      reads.take(share(read, i, slices), false, plan.pieces);
+      updates.take(share(updated, i, slices), true, plan.pieces);
+    }
+    plan.jobs = lanes == 1 ? 1 : std::clamp(slices / 4, lanes, std::max(8 * lanes, slices / 64));
+    return plan;
   }
+  /// The end of slice i of `slices`, at a multiple of 64 bytes.
+  static Index share(Index bytes, Index i, Index slices) {
+    return i == slices
+               ? bytes
+               : static_cast<Index>(static_cast<double>(bytes) * static_cast<double>(i) / static_cast<double>(slices)) /
+                     64 * 64;
+  }
+  /// Walks over spans as if they were one.
+  struct Cursor {
+    const std::vector<Span>* spans;
+    std::size_t span = 0;
+    Index at = 0, done = 0;
+    void take(Index until, bool is_updated, std::vector<Piece>& pieces) {
+      while (done < until) {
+        const Span& s = (*spans)[span];
+        const Index n = std::min(until - done, s.bytes - at);
+        if (n > 0) pieces.push_back({{s.data + at, n}, is_updated});
+        at += n, done += n;
+        if (at == s.bytes) ++span, at = 0;
+      }
+    }
+  };
 
   std::function<void(Index, const std::function<void(Index)>&)> run_;
-  std::vector<std::vector<Piece>> plans_;
+  std::vector<Plan> plans_;
   std::size_t next_ = 0;
 };
 

@@ -32,6 +32,7 @@ template <class T, Space S, Major M>
 Strided strided(MatrixView<T, S, M> v) {
   const Index outer = M == Major::row ? v.rows : v.cols, inner = M == Major::row ? v.cols : v.rows;
   const Index size = static_cast<Index>(sizeof(T));
+  if (v.stride <= 0) return {reinterpret_cast<std::uintptr_t>(v.data), 1, inner * size, 0};  // all rows are one
   if (outer <= 1 || v.stride == inner) return {reinterpret_cast<std::uintptr_t>(v.data), 1, outer * inner * size, 0};
   return {reinterpret_cast<std::uintptr_t>(v.data), outer, inner * size, v.stride * size};
 }
@@ -48,9 +49,9 @@ inline bool overlap(Strided a, Strided b) {
   if (a.count == 1) return true;  // b begins inside a's only run
   if (b.count > 1 && b.stride != a.stride) return true;
   // b's runs repeat with a's stride (or there is one): compare positions inside a period.
-  const Index phase = distance % a.stride, row = distance / a.stride;
-  if (phase < a.run) return true;
-  return phase + b.run > a.stride && row + 1 < a.count;
+  // Behind a's run at that place there is another run of a's, for b begins before a ends.
+  const Index phase = distance % a.stride;
+  return phase < a.run || phase + b.run > a.stride;
 }
 }  // namespace detail
 

@@ -14,7 +14,8 @@
 namespace loramix {
 inline namespace LORAMIX_ABI {
 
-/// The calling thread works too: `lanes` lanes are `lanes` − 1 threads. One call of run at a time; another waits.
+/// The calling thread works too: `lanes` lanes are `lanes` − 1 threads. One call of run at a time; another
+/// waits. A job must not call run on the pool it runs in: it would wait for itself.
 class ThreadPool {
  public:
   explicit ThreadPool(Index lanes) {

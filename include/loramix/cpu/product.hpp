@@ -24,6 +24,12 @@ inline constexpr Index tiles_per_job = 8;  // tiles that share one widened block
 
 constexpr Index blocks_of(Index n, Index block) { return (n + block - 1) / block; }
 constexpr Index smaller(Index a, Index b) { return a < b ? a : b; }
+/// a · b; where that is more than any memory, a number whose bytes overflow, and three of which fit in Index.
+constexpr Index elements(Index a, Index b) {
+  constexpr Index most = INT64_MAX / 4;
+  Index out;
+  return __builtin_mul_overflow(a, b, &out) || out > most ? most : out;
+}
 
 /// One lane's scratch: products of [tile_rows, …] and everything around them.
 template <class Acc>
@@ -171,7 +177,7 @@ Lanes<Acc> carve(Arena<>& arena, const Backend<E>& be, const Shrink<X, W, Acc, S
           be.lanes(),
           {.plain = op.side.rows != 0 && op.dropout.on() ? tile_rows * tile_cols : 0,
            .weights = widened<W, Acc> * tile_cols * tile_cols,
-           .result = tile_rows * (op.A.rows + op.side.rows)}};
+           .result = elements(tile_rows, op.A.rows + op.side.rows)}};
 }
 }  // namespace detail
 
@@ -219,9 +225,10 @@ template <class E, class X, class W, class Acc, class Score, class G>
 ShrinkBackwardScratch<Acc> carve(Arena<>& arena, const Backend<E>& be,
                                  const ShrinkBackward<X, W, Acc, Score, G, Space::host>& op) {
   const Index rows = op.A.rows > op.side.rows ? op.A.rows : op.side.rows;
-  Lanes<Acc> lanes(
-      arena, be.lanes(),
-      {.weights = widened<W, Acc> * rows * tile_cols, .result = rank_block * tile_cols, .rows = tile_rows * rows});
+  Lanes<Acc> lanes(arena, be.lanes(),
+                   {.weights = elements(widened<W, Acc> * tile_cols, rows),
+                    .result = rank_block * tile_cols,
+                    .rows = elements(tile_rows, rows)});
   return {lanes, arena.matrix<Acc>(op.side.rows != 0 ? op.x.rows : 0, op.side.rows)};
 }
 }  // namespace detail
@@ -290,7 +297,7 @@ struct ExpandScratch {
 };
 template <class E, class Acc, class W, class Y, class Score, Major M>
 ExpandScratch<Acc> carve(Arena<>& arena, const Backend<E>& be, const Expand<Acc, W, Y, Score, Space::host, M>& op) {
-  Lanes<Acc> lanes(arena, be.lanes(), {.weights = widened<W, Acc> * op.B.cols * tile_cols});
+  Lanes<Acc> lanes(arena, be.lanes(), {.weights = elements(widened<W, Acc> * tile_cols, op.B.cols)});
   return {lanes, arena.matrix<Acc>(blocks_of(op.u.rows, tile_rows) * tile_rows, op.B.cols)};
 }
 
@@ -351,9 +358,9 @@ struct ExpandBackwardScratch {
 template <class E, class Acc, class W, class Y, class Score, class G, Major M>
 ExpandBackwardScratch<Acc> carve(Arena<>& arena, const Backend<E>& be,
                                  const ExpandBackward<Acc, W, Y, Score, G, Space::host, M>& op) {
-  const Index ranks = op.B.cols, result = tile_rows * ranks;
+  const Index ranks = op.B.cols, result = elements(tile_rows, ranks);
   Lanes<Acc> lanes(arena, be.lanes(),
-                   {.weights = widened<W, Acc> * ranks * tile_cols,
+                   {.weights = elements(widened<W, Acc> * tile_cols, ranks),
                     .result = result > rank_block * tile_cols ? result : rank_block * tile_cols});
   const Index padded = blocks_of(op.u.rows, tile_rows) * tile_rows;
   return {lanes, arena.matrix<Acc>(padded, ranks), arena.matrix<Acc>(op.u.rows, ranks),

@@ -45,7 +45,7 @@ struct Groups {
     return {nullptr, offsets_, count_, segments_, of_segment_};
   }
 
-  LORAMIX_HD constexpr bool per_token() const { return ids == nullptr && offsets == nullptr; }
+  LORAMIX_HD constexpr bool per_token() const { return ids == nullptr && offsets == nullptr && count == 0; }
   LORAMIX_HD constexpr Index size(Index tokens) const { return per_token() ? tokens : count; }
   /// The segment around token t, or −1.
   LORAMIX_HD constexpr Index segment_of(Index t) const {
@@ -197,6 +197,10 @@ namespace detail {
 template <class Score, Space S>
 void check_groups(const char* op, const char* slot, const Groups<S>& groups, Index tokens, Index rows) {
   check::same(op, slot, "rows", rows, "the number of groups", groups.size(tokens));
+  if (groups.ids == nullptr && groups.offsets == nullptr && groups.count != 0 && tokens != 0) {
+    fail(check::detail::about(ErrorCode::null, op, slot)
+         << " has " << groups.count << " groups, but null ids of the " << tokens << " tokens");
+  }
   if constexpr (S == Space::host) {
     if (groups.offsets != nullptr) {
       for (Index i = 0; i < groups.segments; ++i) {
@@ -244,6 +248,14 @@ void check_ids(const char* op, MatrixView<const std::int32_t, S> ids, Index expe
   }
 }
 
+/// A slot without an address is absent; one that has a size, or groups of tokens, was meant to be there.
+template <Space S, class View>
+void check_presence(const char* op, const char* slot, View view, const Groups<S>& groups, Index tokens) {
+  check::view(op, slot, view);
+  if (view.data != nullptr || tokens == 0 || groups.per_token()) return;
+  fail(check::detail::about(ErrorCode::null, op, slot) << " has groups of tokens, but no rows and a null address");
+}
+
 }  // namespace detail
 
 /// Refuses a form whose shapes disagree with [tokens, ranks]; on the host also bad ids, groups and offsets.
@@ -266,8 +278,15 @@ void check_form(const char* op, const GateForm<Score, S>& form, Index tokens, In
       }
     }
   }
+  detail::check_presence(op, "gate ids", form.ids, form.id_groups, tokens);
+  detail::check_presence(op, "gate id_weights", form.id_weights, Groups<S>{}, tokens);
+  detail::check_presence(op, "gate prefix", form.prefix, form.prefix_groups, tokens);
+  detail::check_presence(op, "gate subset", form.subset, form.subset_groups, tokens);
+  detail::check_presence(op, "gate weights", form.weights, form.weight_groups, tokens);
+  detail::check_presence(op, "gate values", form.values, Groups<S>{}, tokens);
+  detail::check_presence(op, "gate multiplier", form.multiplier, form.multiplier_groups, tokens);
+  detail::check_presence(op, "gate rank_scale", form.rank_scale, Groups<S>{}, tokens);
   if (form.ids.data != nullptr) {
-    check::view(op, "gate ids", form.ids);
     detail::check_groups<Score>(op, "gate ids", form.id_groups, tokens, form.ids.rows);
     if (!form.computed) detail::check_ids(op, form.ids, form.experts);
   }

@@ -15,12 +15,18 @@
 #pragma once
 #include <cublas_v2.h>
 
+#include <loramix/core/arena.hpp>
 #include <loramix/gate/form.hpp>
 #include <loramix/gpu/check.cuh>
 
 namespace loramix {
 inline namespace LORAMIX_ABI {
 namespace gpu {
+
+/// Device memory: a matrix in it, and an arena of it.
+template <class T, Major M = Major::row>
+using View = MatrixView<T, Space::device, M>;
+using DeviceArena = Arena<Space::device>;
 
 /// What an op needs of the engine. A value: copy it freely.
 struct Backend {

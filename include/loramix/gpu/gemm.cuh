@@ -8,7 +8,6 @@
 /// Determinism: no TF32, no atomics: exact products of the type, in an order that cuBLAS fixes for a shape and a device.
 /// Example:     gpu/product.cuh
 #pragma once
-#include <loramix/core/arena.hpp>
 #include <loramix/gpu/backend.cuh>
 
 namespace loramix {
@@ -26,20 +25,43 @@ inline void check_blas(const char* call, cublasStatus_t status) {
 /// cuBLAS wants 256-byte alignment, arenas give 64.
 inline constexpr Index blas_alignment = 256;
 
-inline std::byte* carve_blas(Arena<Space::device>& arena, const Backend& be) {
-  std::byte* const memory = arena.take<std::byte>(be.blas_bytes + blas_alignment - Arena<Space::device>::alignment);
+inline std::byte* carve_blas(DeviceArena& arena, const Backend& be) {
+  std::byte* const memory = arena.take<std::byte>(be.blas_bytes + blas_alignment - DeviceArena::alignment);
   const auto address = reinterpret_cast<std::uintptr_t>(memory);
   return memory + (blas_alignment - address % blas_alignment) % blas_alignment;
 }
 
-/// The backend's handle for the duration of one op; what the engine had set is put back at the end.
+/// The engine's settings of a handle, put back at the end of the scope. The workspace goes back to cuBLAS's own: setting
+/// the stream does that.
+class HandleSettings {
+ public:
+  explicit HandleSettings(cublasHandle_t handle) : handle_(handle) {
+    check_blas("cublasGetStream", cublasGetStream(handle, &stream_));
+    check_blas("cublasGetPointerMode", cublasGetPointerMode(handle, &pointers_));
+    check_blas("cublasGetMathMode", cublasGetMathMode(handle, &math_));
+    check_blas("cublasGetAtomicsMode", cublasGetAtomicsMode(handle, &atomics_));
+  }
+  ~HandleSettings() {
+    cublasSetStream(handle_, stream_);
+    cublasSetPointerMode(handle_, pointers_);
+    cublasSetMathMode(handle_, math_);
+    cublasSetAtomicsMode(handle_, atomics_);
+  }
+  HandleSettings(const HandleSettings&) = delete;
+  HandleSettings& operator=(const HandleSettings&) = delete;
+
+ private:
+  cublasHandle_t handle_;
+  cudaStream_t stream_ = nullptr;
+  cublasPointerMode_t pointers_{};
+  cublasMath_t math_{};
+  cublasAtomicsMode_t atomics_{};
+};
+
+/// The backend's handle for the duration of one op.
 class Blas {
  public:
-  Blas(const Backend& be, std::byte* workspace) : handle_(be.cublas), stream_(be.stream) {
-    check_blas("cublasGetStream", cublasGetStream(handle_, &before_.stream));
-    check_blas("cublasGetPointerMode", cublasGetPointerMode(handle_, &before_.pointers));
-    check_blas("cublasGetMathMode", cublasGetMathMode(handle_, &before_.math));
-    check_blas("cublasGetAtomicsMode", cublasGetAtomicsMode(handle_, &before_.atomics));
+  Blas(const Backend& be, std::byte* workspace) : handle_(be.cublas), stream_(be.stream), engine_(be.cublas) {
     // The stream first: setting it drops the workspace.
     check_blas("cublasSetStream", cublasSetStream(handle_, be.stream));
     check_blas("cublasSetWorkspace", cublasSetWorkspace(handle_, workspace, static_cast<std::size_t>(be.blas_bytes)));
@@ -47,19 +69,10 @@ class Blas {
     check_blas("cublasSetMathMode", cublasSetMathMode(handle_, CUBLAS_DEFAULT_MATH));
     check_blas("cublasSetAtomicsMode", cublasSetAtomicsMode(handle_, CUBLAS_ATOMICS_NOT_ALLOWED));
   }
-  ~Blas() {
-    cublasSetStream(handle_, before_.stream);
-    cublasSetPointerMode(handle_, before_.pointers);
-    cublasSetMathMode(handle_, before_.math);
-    cublasSetAtomicsMode(handle_, before_.atomics);
-  }
-  Blas(const Blas&) = delete;
-  Blas& operator=(const Blas&) = delete;
 
   /// C (+)= α A B.
   template <class T, class A, class B, Major MA, Major MB>
-  void multiply(T alpha, MatrixView<A, Space::device, MA> a, MatrixView<B, Space::device, MB> b,
-                MatrixView<T, Space::device> c, Into into) const {
+  void multiply(T alpha, View<A, MA> a, View<B, MB> b, View<T> c, Into into) const {
     static_assert(std::is_same_v<const T, const A> && std::is_same_v<const T, const B>);
     static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>,
                   "loramix: the composed GPU path accumulates in float or double");
@@ -75,21 +88,20 @@ class Blas {
   }
   /// A column-major C is a row-major Cᵀ.
   template <class T, class A, class B, Major MA, Major MB>
-  void multiply(T alpha, MatrixView<A, Space::device, MA> a, MatrixView<B, Space::device, MB> b,
-                MatrixView<T, Space::device, Major::column> c, Into into) const {
+  void multiply(T alpha, View<A, MA> a, View<B, MB> b, View<T, Major::column> c, Into into) const {
     multiply(alpha, b.transposed(), a.transposed(), c.transposed(), into);
   }
 
  private:
   /// The stride of a matrix of one row or column may be anything; cuBLAS checks it nevertheless.
   template <class T, Major M>
-  static Index leading(MatrixView<T, Space::device, M> v) {
+  static Index leading(View<T, M> v) {
     const Index outer = M == Major::row ? v.rows : v.cols, inner = M == Major::row ? v.cols : v.rows;
     return outer > 1 ? v.stride : inner;
   }
 
   template <class T>
-  void fill_zero(MatrixView<T, Space::device> c) const {
+  void fill_zero(View<T> c) const {
     const std::size_t size = sizeof(T);
     check_cuda("cudaMemset2DAsync",
                cudaMemset2DAsync(c.data, static_cast<std::size_t>(leading(c)) * size, 0,
@@ -105,15 +117,9 @@ class Blas {
     check_blas("cublasDgemm_64", cublasDgemm_64(handle_, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc));
   }
 
-  struct Before {
-    cudaStream_t stream;
-    cublasPointerMode_t pointers;
-    cublasMath_t math;
-    cublasAtomicsMode_t atomics;
-  };
   cublasHandle_t handle_;
   cudaStream_t stream_;
-  Before before_{};
+  HandleSettings engine_;
 };
 
 }  // namespace detail

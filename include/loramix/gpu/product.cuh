@@ -12,8 +12,7 @@
 /// Determinism: sums over tokens add chunk after chunk; the order inside a chunk is cuBLAS's. Run to run the same bits.
 /// Example:     tests/gpu/product.cu
 #pragma once
-#include <loramix/gpu/gemm.cuh>
-#include <loramix/gpu/rows.cuh>
+#include <loramix/gpu/staging.cuh>
 #include <loramix/ops/expand.hpp>
 #include <loramix/ops/shrink.hpp>
 #include <loramix/ops/token_product.hpp>
@@ -22,118 +21,6 @@ namespace loramix {
 inline namespace LORAMIX_ABI {
 namespace gpu {
 namespace detail {
-
-inline constexpr Index chunk_tokens = 1024;
-
-/// f(first token, tokens) for chunk after chunk; once with no token where there is none, so that Into::set assigns.
-template <class F>
-void for_chunks(Index tokens, const F& f) {
-  Index begin = 0;
-  do {
-    f(begin, tokens - begin < chunk_tokens ? tokens - begin : chunk_tokens);
-    begin += chunk_tokens;
-  } while (begin < tokens);
-}
-
-template <class T, class Acc>
-inline constexpr bool widened = !std::is_same_v<T, Acc>;
-
-// ---- what surrounds a product of the accumulation type ---------------------------------------------------------------
-
-/// Row body: out[t, :] = x[t, :] as Acc, times keep / (1 − p̄) where dropout is on. x may be out.
-template <class X, class Acc>
-struct LoadRow {
-  MatrixView<const X, Space::device> x;
-  Dropout dropout;
-  MatrixView<Acc, Space::device> out;
-
-  template <Team Tm>
-  LORAMIX_HD void operator()(const Tm& team, Index t) const {
-    if (!dropout.on()) {
-      team.each(x.cols, [&](Index c) { out(t, c) = widen<Acc>(x(t, c)); });
-      return;
-    }
-    const Acc kept = Acc(dropout.kept_scale());
-    team.each((x.cols + 7) / 8, [&](Index block) {
-      const std::uint32_t keep = dropout.keep8(t, block);
-      for (Index b = 0, c = 8 * block; b < 8 && c < x.cols; ++b, ++c) {
-        out(t, c) = (keep >> b & 1u) ? widen<Acc>(x(t, c)) * kept : Acc(0);
-      }
-    });
-  }
-};
-
-/// The dropout of rows from `token` on, as seen from there.
-inline Dropout from_token(Dropout dropout, Index token) {
-  dropout.first_token += static_cast<std::uint64_t>(token);
-  return dropout;
-}
-
-/// Rows of x as Acc: in place where that is what they are, else in the first rows of `tile`.
-template <class Acc, class X>
-MatrixView<const Acc, Space::device> load(const Backend& be, MatrixView<const X, Space::device> x,
-                                          const Dropout& dropout, MatrixView<Acc, Space::device> tile) {
-  if constexpr (!widened<X, Acc>) {
-    if (!dropout.on()) return x;
-  }
-  const MatrixView<Acc, Space::device> out = tile.row_range(0, x.rows);
-  for_wide_rows(be, x.rows, LoadRow<X, Acc>{x, dropout, out});
-  return out;
-}
-
-/// out (+)= values, rounded once.
-template <class Acc, class Out>
-void store(const Backend& be, MatrixView<const Acc, Space::device> values, MatrixView<Out, Space::device> out,
-           Into into) {
-  for_wide_rows(be, out.rows, loramix::detail::StoreRow<Acc, Out, Space::device>{values, out, into});
-}
-
-/// Room for a matrix of [rows, cols] as Acc, where T has to be widened.
-template <class T, class Acc>
-MatrixView<Acc, Space::device> carve_widened(Arena<Space::device>& arena, Index rows, Index cols) {
-  return widened<T, Acc> ? arena.matrix<Acc>(rows, cols) : MatrixView<Acc, Space::device>{};
-}
-/// Room for [the tokens of a chunk, cols].
-template <class Acc>
-MatrixView<Acc, Space::device> carve_tile(Arena<Space::device>& arena, bool needed, Index tokens, Index cols) {
-  if (!needed) return {};
-  return arena.matrix<Acc>(tokens < chunk_tokens ? tokens : chunk_tokens, cols);
-}
-
-/// A weight matrix as Acc, in its own order: in place, or widened into `room`, which holds it row-major or transposed.
-template <class Acc, class W>
-MatrixView<const Acc, Space::device> load_weights(const Backend& be, MatrixView<const W, Space::device> w,
-                                                  MatrixView<Acc, Space::device> room) {
-  return load(be, w, Dropout{}, room);
-}
-template <class Acc, class W>
-MatrixView<const Acc, Space::device, Major::column> load_weights(const Backend& be,
-                                                                 MatrixView<const W, Space::device, Major::column> w,
-                                                                 MatrixView<Acc, Space::device> room) {
-  return load(be, w.transposed(), Dropout{}, room).transposed();
-}
-
-/// A gradient that sums over tokens, chunk after chunk: in place where it is Acc, else in `room`, rounded once at the end.
-template <class Acc, class G>
-struct TokenSum {
-  MatrixView<G, Space::device> out;  // null: not wanted
-  Into into;
-  MatrixView<Acc, Space::device> room;
-
-  bool wanted() const { return out.data != nullptr; }
-  /// += α leftᵀ right.
-  void add(const Blas& blas, Acc alpha, MatrixView<const Acc, Space::device> left,
-           MatrixView<const Acc, Space::device> right, bool first) const {
-    if constexpr (widened<G, Acc>) {
-      blas.multiply(alpha, left.transposed(), right, room, first ? Into::set : Into::add);
-    } else {
-      blas.multiply(alpha, left.transposed(), right, out, first ? into : Into::add);
-    }
-  }
-  void finish(const Backend& be) const {
-    if constexpr (widened<G, Acc>) store(be, MatrixView<const Acc, Space::device>(room), out, into);
-  }
-};
 
 /// The form as this backend's kernels see it.
 template <class Score>
@@ -144,10 +31,9 @@ GateForm<Score, Space::device> reporting(const Backend& be, GateForm<Score, Spac
 
 /// ũ = U ∘ g.
 template <class Acc, class Score>
-void apply_gate(const Backend& be, MatrixView<const Acc, Space::device> u, const GateForm<Score, Space::device>& gate,
-                MatrixView<Acc, Space::device> gated) {
+void apply_gate(const Backend& be, View<const Acc> u, const GateForm<Score, Space::device>& gate, View<Acc> gated) {
   using Body = loramix::detail::ApplyGate<Acc, Score, Space::device>;
-  execute_impl(be, Rows<Body, Space::device>{u.rows, {u, gate, gated}}, Arena<Space::device>{});
+  execute_impl(be, Rows<Body, Space::device>{u.rows, {u, gate, gated}}, DeviceArena{});
 }
 
 // ---- scratch ---------------------------------------------------------------------------------------------------------
@@ -155,13 +41,12 @@ void apply_gate(const Backend& be, MatrixView<const Acc, Space::device> u, const
 template <class Acc>
 struct ShrinkScratch {
   std::byte* blas;
-  MatrixView<Acc, Space::device> A, side;  // widened
-  MatrixView<Acc, Space::device> tile;     // [chunk, d_in]: x, x̂
-  MatrixView<Acc, Space::device> h;        // [chunk, n]
+  View<Acc> A, side;  // widened
+  View<Acc> tile;     // [chunk, d_in]: x, x̂
+  View<Acc> h;        // [chunk, n]
 };
 template <class X, class W, class Acc, class Score>
-ShrinkScratch<Acc> carve(Arena<Space::device>& arena, const Backend& be,
-                         const Shrink<X, W, Acc, Score, Space::device>& op) {
+ShrinkScratch<Acc> carve(DeviceArena& arena, const Backend& be, const Shrink<X, W, Acc, Score, Space::device>& op) {
   const Index tokens = op.x.rows, width = op.x.cols, side = op.side.rows;
   return {carve_blas(arena, be), carve_widened<W, Acc>(arena, op.A.rows, width),
           carve_widened<W, Acc>(arena, side, width),
@@ -172,13 +57,13 @@ ShrinkScratch<Acc> carve(Arena<Space::device>& arena, const Backend& be,
 template <class Acc>
 struct ShrinkBackwardScratch {
   std::byte* blas;
-  MatrixView<Acc, Space::device> A, side;    // widened
-  MatrixView<Acc, Space::device> tile;       // [chunk, d_in]: x, x̂, then the sum for dX
-  MatrixView<Acc, Space::device> dh;         // [chunk, n]
-  MatrixView<Acc, Space::device> dA, dside;  // sums
+  View<Acc> A, side;    // widened
+  View<Acc> tile;       // [chunk, d_in]: x, x̂, then the sum for dX
+  View<Acc> dh;         // [chunk, n]
+  View<Acc> dA, dside;  // sums
 };
 template <class X, class W, class Acc, class Score, class G>
-ShrinkBackwardScratch<Acc> carve(Arena<Space::device>& arena, const Backend& be,
+ShrinkBackwardScratch<Acc> carve(DeviceArena& arena, const Backend& be,
                                  const ShrinkBackward<X, W, Acc, Score, G, Space::device>& op) {
   const Index tokens = op.x.rows, width = op.x.cols, ranks = op.A.rows, side = op.side.rows;
   return {carve_blas(arena, be),
@@ -193,13 +78,12 @@ ShrinkBackwardScratch<Acc> carve(Arena<Space::device>& arena, const Backend& be,
 template <class Acc>
 struct ExpandScratch {
   std::byte* blas;
-  MatrixView<Acc, Space::device> B;      // widened, row-major in the order of storage
-  MatrixView<Acc, Space::device> gated;  // [T, R]
-  MatrixView<Acc, Space::device> tile;   // [chunk, d_out]: the sum for y
+  View<Acc> B;      // widened, row-major in the order of storage
+  View<Acc> gated;  // [T, R]
+  View<Acc> tile;   // [chunk, d_out]: the sum for y
 };
 template <class Acc, class W, class Y, class Score, Major M>
-ExpandScratch<Acc> carve(Arena<Space::device>& arena, const Backend& be,
-                         const Expand<Acc, W, Y, Score, Space::device, M>& op) {
+ExpandScratch<Acc> carve(DeviceArena& arena, const Backend& be, const Expand<Acc, W, Y, Score, Space::device, M>& op) {
   const Index tokens = op.u.rows, ranks = op.B.cols, width = op.B.rows;
   constexpr bool rows = M == Major::row;
   return {carve_blas(arena, be), carve_widened<W, Acc>(arena, rows ? width : ranks, rows ? ranks : width),
@@ -209,14 +93,14 @@ ExpandScratch<Acc> carve(Arena<Space::device>& arena, const Backend& be,
 template <class Acc>
 struct ExpandBackwardScratch {
   std::byte* blas;
-  MatrixView<Acc, Space::device> B;           // widened, row-major in the order of storage
-  MatrixView<Acc, Space::device> gated, dut;  // [T, R]
-  MatrixView<Acc, Space::device> tile;        // [chunk, d_out]: dy
-  MatrixView<Acc, Space::device> dB;          // sum, in the order of storage
+  View<Acc> B;           // widened, row-major in the order of storage
+  View<Acc> gated, dut;  // [T, R]
+  View<Acc> tile;        // [chunk, d_out]: dy
+  View<Acc> dB;          // sum, in the order of storage
   loramix::detail::GateContributions<Acc, Space::device> by_token;
 };
 template <class Acc, class W, class Y, class Score, class G, Major M>
-ExpandBackwardScratch<Acc> carve(Arena<Space::device>& arena, const Backend& be,
+ExpandBackwardScratch<Acc> carve(DeviceArena& arena, const Backend& be,
                                  const ExpandBackward<Acc, W, Y, Score, G, Space::device, M>& op) {
   const Index tokens = op.u.rows, ranks = op.B.cols, width = op.B.rows;
   constexpr bool rows = M == Major::row;
@@ -235,11 +119,11 @@ ExpandBackwardScratch<Acc> carve(Arena<Space::device>& arena, const Backend& be,
 
 template <class X, class W, class Acc, class Score>
 Index scratch_impl(const Backend& be, const Shrink<X, W, Acc, Score, Space::device>& op) {
-  return carved_bytes<Space::device>([&](Arena<Space::device>& arena) { detail::carve(arena, be, op); });
+  return carved_bytes<Space::device>([&](DeviceArena& arena) { detail::carve(arena, be, op); });
 }
 
 template <class X, class W, class Acc, class Score>
-void execute_impl(const Backend& be, const Shrink<X, W, Acc, Score, Space::device>& op, Arena<Space::device> work) {
+void execute_impl(const Backend& be, const Shrink<X, W, Acc, Score, Space::device>& op, DeviceArena work) {
   using namespace detail;
   const ShrinkScratch<Acc> scratch = carve(work, be, op);
   const Blas blas(be, scratch.blas);
@@ -252,7 +136,7 @@ void execute_impl(const Backend& be, const Shrink<X, W, Acc, Score, Space::devic
       if constexpr (widened<Score, Acc>) {
         const auto sum = scratch.h.row_range(0, n);
         blas.multiply(Acc(1), plain, side.transposed(), sum, Into::set);
-        store(be, MatrixView<const Acc, Space::device>(sum), h, Into::set);
+        store(be, View<const Acc>(sum), h, Into::set);
       } else {
         blas.multiply(Acc(1), plain, side.transposed(), h, Into::set);
       }
@@ -264,16 +148,14 @@ void execute_impl(const Backend& be, const Shrink<X, W, Acc, Score, Space::devic
 
 template <class X, class W, class Acc, class Score, class G>
 Index scratch_impl(const Backend& be, const ShrinkBackward<X, W, Acc, Score, G, Space::device>& op) {
-  return carved_bytes<Space::device>([&](Arena<Space::device>& arena) { detail::carve(arena, be, op); });
+  return carved_bytes<Space::device>([&](DeviceArena& arena) { detail::carve(arena, be, op); });
 }
 
 namespace detail {
 /// dX (+)= (dU A) ∘ keep / (1 − p̄) + dH side, for the rows of one chunk.
 template <class X, class Acc>
-void input_gradient(const Backend& be, const Blas& blas, MatrixView<const Acc, Space::device> du,
-                    MatrixView<const Acc, Space::device> A, MatrixView<const Acc, Space::device> dh,
-                    MatrixView<const Acc, Space::device> side, const Dropout& dropout,
-                    MatrixView<Acc, Space::device> tile, MatrixView<X, Space::device> dx, Into into) {
+void input_gradient(const Backend& be, const Blas& blas, View<const Acc> du, View<const Acc> A, View<const Acc> dh,
+                    View<const Acc> side, const Dropout& dropout, View<Acc> tile, View<X> dx, Into into) {
   if constexpr (!widened<X, Acc>) {
     if (!dropout.on()) {
       blas.multiply(Acc(1), du, A, dx, into);
@@ -282,7 +164,7 @@ void input_gradient(const Backend& be, const Blas& blas, MatrixView<const Acc, S
     }
   }
   const auto sum = tile.row_range(0, dx.rows);
-  const MatrixView<const Acc, Space::device> summed = sum;
+  const View<const Acc> summed = sum;
   blas.multiply(Acc(1), du, A, sum, Into::set);
   if (dropout.on()) load(be, summed, dropout, sum);
   if (side.rows != 0) blas.multiply(Acc(1), dh, side, sum, Into::add);
@@ -291,8 +173,7 @@ void input_gradient(const Backend& be, const Blas& blas, MatrixView<const Acc, S
 }  // namespace detail
 
 template <class X, class W, class Acc, class Score, class G>
-void execute_impl(const Backend& be, const ShrinkBackward<X, W, Acc, Score, G, Space::device>& op,
-                  Arena<Space::device> work) {
+void execute_impl(const Backend& be, const ShrinkBackward<X, W, Acc, Score, G, Space::device>& op, DeviceArena work) {
   using namespace detail;
   const ShrinkBackwardScratch<Acc> scratch = carve(work, be, op);
   const Blas blas(be, scratch.blas);
@@ -302,7 +183,7 @@ void execute_impl(const Backend& be, const ShrinkBackward<X, W, Acc, Score, G, S
     const auto x = op.x.row_range(t, n);
     const auto du = op.du.row_range(t, n);
     const Dropout dropout = from_token(op.dropout, t);
-    MatrixView<const Acc, Space::device> dh;
+    View<const Acc> dh;
     if (side.rows != 0) dh = load(be, op.dh.row_range(t, n), Dropout{}, scratch.dh);
     if (dside.wanted()) dside.add(blas, Acc(1), dh, load(be, x, Dropout{}, scratch.tile), t == 0);
     if (dA.wanted()) dA.add(blas, Acc(1), du, load(be, x, dropout, scratch.tile), t == 0);
@@ -318,11 +199,11 @@ void execute_impl(const Backend& be, const ShrinkBackward<X, W, Acc, Score, G, S
 
 template <class Acc, class W, class Y, class Score, Major M>
 Index scratch_impl(const Backend& be, const Expand<Acc, W, Y, Score, Space::device, M>& op) {
-  return carved_bytes<Space::device>([&](Arena<Space::device>& arena) { detail::carve(arena, be, op); });
+  return carved_bytes<Space::device>([&](DeviceArena& arena) { detail::carve(arena, be, op); });
 }
 
 template <class Acc, class W, class Y, class Score, Major M>
-void execute_impl(const Backend& be, const Expand<Acc, W, Y, Score, Space::device, M>& op, Arena<Space::device> work) {
+void execute_impl(const Backend& be, const Expand<Acc, W, Y, Score, Space::device, M>& op, DeviceArena work) {
   using namespace detail;
   const ExpandScratch<Acc> scratch = carve(work, be, op);
   const Blas blas(be, scratch.blas);
@@ -334,7 +215,7 @@ void execute_impl(const Backend& be, const Expand<Acc, W, Y, Score, Space::devic
     if constexpr (widened<Y, Acc>) {
       const auto sum = scratch.tile.row_range(0, n);
       blas.multiply(op.scale, gated, B.transposed(), sum, Into::set);
-      store(be, MatrixView<const Acc, Space::device>(sum), y, op.into);
+      store(be, View<const Acc>(sum), y, op.into);
     } else {
       blas.multiply(op.scale, gated, B.transposed(), y, op.into);
     }
@@ -343,12 +224,12 @@ void execute_impl(const Backend& be, const Expand<Acc, W, Y, Score, Space::devic
 
 template <class Acc, class W, class Y, class Score, class G, Major M>
 Index scratch_impl(const Backend& be, const ExpandBackward<Acc, W, Y, Score, G, Space::device, M>& op) {
-  return carved_bytes<Space::device>([&](Arena<Space::device>& arena) { detail::carve(arena, be, op); });
+  return carved_bytes<Space::device>([&](DeviceArena& arena) { detail::carve(arena, be, op); });
 }
 
 template <class Acc, class W, class Y, class Score, class G, Major M>
 void execute_impl(const Backend& be, const ExpandBackward<Acc, W, Y, Score, G, Space::device, M>& op,
-                  Arena<Space::device> work) {
+                  DeviceArena work) {
   using namespace detail;
   const ExpandBackwardScratch<Acc> scratch = carve(work, be, op);
   const Blas blas(be, scratch.blas);
@@ -365,7 +246,7 @@ void execute_impl(const Backend& be, const ExpandBackward<Acc, W, Y, Score, G, S
   if (dB.wanted()) apply_gate(be, op.u, gate, scratch.gated);
   for_chunks(op.u.rows, [&](Index t, Index n) {
     const auto dy = load(be, op.dy.row_range(t, n), Dropout{}, scratch.tile);
-    const MatrixView<const Acc, Space::device> gated = scratch.gated.row_range(t, n);
+    const View<const Acc> gated = scratch.gated.row_range(t, n);
     blas.multiply(op.scale, dy, B, scratch.dut.row_range(t, n), Into::set);
     if (dB.wanted()) dB.add(blas, op.scale, M == Major::row ? dy : gated, M == Major::row ? gated : dy, t == 0);
   });
@@ -373,7 +254,7 @@ void execute_impl(const Backend& be, const ExpandBackward<Acc, W, Y, Score, G, S
 
   using Body = loramix::detail::ApplyGateBackward<Acc, Score, Space::device>;
   const Body body{op.u, scratch.dut, gate, op.du, scratch.by_token, op.dgate.values, op.gate_values};
-  execute_impl(be, Rows<Body, Space::device>{op.u.rows, body}, Arena<Space::device>{});
+  execute_impl(be, Rows<Body, Space::device>{op.u.rows, body}, DeviceArena{});
   loramix::detail::sum_contributions(be, gate, scratch.by_token, op.dgate, op.parameters, op.gate_values);
 }
 

@@ -64,7 +64,7 @@ Index scratch_impl(const Backend&, const Rows<Body, Space::device>&) {
 
 /// Runs the body with a warp for every row.
 template <class Body>
-void execute_impl(const Backend& be, const Rows<Body, Space::device>& op, Arena<Space::device>) {
+void execute_impl(const Backend& be, const Rows<Body, Space::device>& op, DeviceArena) {
   detail::launch_rows<WarpTeam, detail::warps_per_block>(be, op.rows, op.body);
 }
 
@@ -74,7 +74,7 @@ Index scratch_impl(const Backend&, const ColumnSum<Acc, Out, Space::device>&) {
 }
 
 template <class Acc, class Out>
-void execute_impl(const Backend& be, const ColumnSum<Acc, Out, Space::device>& op, Arena<Space::device>) {
+void execute_impl(const Backend& be, const ColumnSum<Acc, Out, Space::device>& op, DeviceArena) {
   if (op.out.empty()) return;
   constexpr int threads = 128;
   detail::column_sum_kernel<<<detail::blocks_for(op.out.rows * op.out.cols, threads), threads, 0, be.stream>>>(op);

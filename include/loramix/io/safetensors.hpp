@@ -406,7 +406,7 @@ inline void write_safetensors(const std::string& path, std::span<const TensorByt
     if (!tensor->shape.empty()) header.pop_back();
     header += "],\"data_offsets\":[" + std::to_string(end);
     end += static_cast<Index>(tensor->bytes.size());
-    header += "," + std::to_string(end) + "]},";
+    header.append(",").append(std::to_string(end)).append("]},");  // "," + string: gcc 12 warns at -O3 (bug 105651)
     parts.push_back(tensor->bytes);
   }
   if (header.size() > 1) header.pop_back();

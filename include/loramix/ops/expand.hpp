@@ -78,9 +78,23 @@ struct ExpandBackward {
     written("du", du);
     written("dB", dB);
     check::disjoint(name, "dB", dB, "du", du);
-    written("gate gradient weights", dgate.weights);
-    written("gate gradient id_weights", dgate.id_weights);
-    written("gate gradient values", dgate.values);
+    const auto gradient = [&](const char* what, auto view, int place) {
+      written(what, view);
+      check::disjoint(name, what, view, "du", du);
+      check::disjoint(name, what, view, "dB", dB);
+      const auto other = [&](const char* other_name, auto other_view, int other_place) {
+        if (place < other_place) check::disjoint(name, what, view, other_name, other_view);
+      };
+      other("gate gradient id_weights", dgate.id_weights, 1);
+      other("gate gradient values", dgate.values, 2);
+      other("gate gradient multiplier", detail::as_row(dgate.multiplier), 3);
+      other("gate gradient rank_scale", detail::as_row(dgate.rank_scale), 4);
+    };
+    gradient("gate gradient weights", dgate.weights, 0);
+    gradient("gate gradient id_weights", dgate.id_weights, 1);
+    gradient("gate gradient values", dgate.values, 2);
+    gradient("gate gradient multiplier", detail::as_row(dgate.multiplier), 3);
+    gradient("gate gradient rank_scale", detail::as_row(dgate.rank_scale), 4);
   }
 };
 

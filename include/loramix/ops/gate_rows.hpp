@@ -25,12 +25,21 @@ inline void check_shared(const char* op, Index columns_of_u, Index ranks, Index 
        << " experts: u needs one column per rank, or per rank of one expert where A is shared");
 }
 
+template <class T, Space S>
+MatrixView<T, S> as_row(VectorView<T, S> v) {
+  return {v.data, 1, v.size};
+}
+
 template <class View, class Score, Space S>
 void check_gate_disjoint(const char* op, const char* what, View view, const GateForm<Score, S>& gate) {
   check::disjoint(op, what, view, "gate weights", gate.weights);
   check::disjoint(op, what, view, "gate id_weights", gate.id_weights);
   check::disjoint(op, what, view, "gate values", gate.values);
   check::disjoint(op, what, view, "gate ids", gate.ids);
+  check::disjoint(op, what, view, "gate subset", gate.subset);
+  check::disjoint(op, what, view, "gate prefix", as_row(gate.prefix));
+  check::disjoint(op, what, view, "gate multiplier", as_row(gate.multiplier));
+  check::disjoint(op, what, view, "gate rank_scale", as_row(gate.rank_scale));
 }
 
 /// Row body: ũ[t, :] = U ∘ g.

@@ -38,7 +38,9 @@ struct Shrink {
     if (side.rows != 0) check::shape(name, "h", h, "the number of tokens", x.rows, "the rows of side", side.rows);
     check::disjoint(name, "u", u, "x", x);
     check::disjoint(name, "u", u, "A", A);
+    check::disjoint(name, "u", u, "side", side);
     check::disjoint(name, "h", h, "x", x);
+    check::disjoint(name, "h", h, "A", A);
     check::disjoint(name, "h", h, "side", side);
     check::disjoint(name, "h", h, "u", u);
   }

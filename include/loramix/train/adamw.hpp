@@ -1,9 +1,10 @@
 /// AdamW, for an adapter (AdamW) and for any flat parameters (adamw_step).
 ///
 /// Computes:    m = β₁m + (1−β₁)g;  v = β₂v + (1−β₂)g²;  w −= lr·wd·w;  w −= lr·m̂/(√v̂ + ε) with m̂ = m/(1−β₁ᵗ),
-///              v̂ = v/(1−β₂ᵗ), t from 1 (MATH.md section 5; Loshchilov & Hutter 2019, algorithm 2). Weights of 16 bits
-///              have a float master copy: it is updated, the weight is its rounding. A weight that somebody else has
-///              written in between (a loaded file, a pruned rank) replaces its master.
+///              v̂ = v/(1−β₂ᵗ), t from 1 (MATH.md section 5; Loshchilov & Hutter 2019, algorithm 2). Moments below the
+///              normal numbers are 0. Weights of 16 bits have a float master copy: it is updated, the weight is its
+///              rounding. A weight that somebody else has written in between (a loaded file, a pruned rank) replaces
+///              its master.
 /// Reads:       g [n], the gradient.
 /// Writes:      w [n], the weights; m, v and the master [n].
 /// Errors:      shape, null, alias; lr, decay or ε negative or not finite; β outside [0, 1); t below 1; groups:
@@ -16,7 +17,6 @@
 ///                                      opt.lr(schedule(step));  opt.step(be, lora, grad);
 #pragma once
 #include <cmath>
-#include <limits>
 
 #include <loramix/ops/rows.hpp>
 #include <loramix/train/clip.hpp>
@@ -36,14 +36,6 @@ struct AdamWStep {
 };
 
 namespace detail {
-
-/// Zero for numbers too small to be normal. Moments of weights without gradient (closed experts, dead units) decay into
-/// them, where they are worth nothing and a step takes three times as long.
-template <class M>
-LORAMIX_HD constexpr M flushed(M v) {
-  constexpr M smallest = std::numeric_limits<M>::min();
-  return v < smallest && v > -smallest ? M(0) : v;
-}
 
 /// Row body: chunk `row` of the flat buffers.
 template <class W, class G, class M, Space S>

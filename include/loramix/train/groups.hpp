@@ -14,6 +14,7 @@
 #include <cstdio>
 #include <cstring>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include <loramix/core/adapter.hpp>
@@ -71,6 +72,14 @@ void check_beside(const char* op, const char* argument, VectorView<T, S> v, Vect
 template <class M, class W>
 LORAMIX_HD inline M master_of(M master, W weight) {
   return narrow<W>(master) == weight ? master : widen<M>(weight);
+}
+
+/// Zero for numbers too small to be normal. Moments of weights without gradient (closed experts, dead units) decay into
+/// them, where they are worth nothing and a step takes three times as long.
+template <class M>
+LORAMIX_HD constexpr M flushed(M v) {
+  constexpr M smallest = static_cast<M>(std::is_same_v<M, float> ? 0x1p-126 : 0x1p-1022);
+  return v < smallest && v > -smallest ? M(0) : v;
 }
 
 /// Elements [begin, begin + size) of the flat buffer [n], updated alike.

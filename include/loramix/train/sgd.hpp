@@ -1,7 +1,7 @@
 /// Stochastic gradient descent with momentum, for an adapter (Sgd) and for any flat parameters (sgd_step).
 ///
-/// Computes:    d = g + wd·w;  b = μb + d;  w −= lr·b  (Sutskever et al. 2013, as PyTorch writes it; b from 0). Weights
-///              of 16 bits have a float master copy, as in train/adamw.hpp.
+/// Computes:    d = g + wd·w;  b = μb + d;  w −= lr·b  (Sutskever et al. 2013, as PyTorch writes it; b from 0, and 0 below
+///              the normal numbers). Weights of 16 bits have a float master copy, as in train/adamw.hpp.
 /// Reads:       g [n], the gradient.
 /// Writes:      w [n], the weights; b [n] and the master [n].
 /// Errors:      shape, null, alias; lr or decay negative or not finite; μ outside [0, 1); groups: train/groups.hpp. All
@@ -45,7 +45,7 @@ struct SgdRows {
       w = weights[i];
     M d = narrow<M>(gradient[i]) + decay * w;
     if (b.data != nullptr) {
-      d += momentum * b[i];
+      d = flushed(d + momentum * b[i]);
       b[i] = d;
     }
     w -= lr * d;
