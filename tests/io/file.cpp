@@ -115,4 +115,8 @@ TEST_CASE("file: targets that cannot be") {
 TEST_CASE("file: names in messages cannot move the cursor") {
   CHECK(loramix::io::detail::shown("a\x1b[2J\nb") == "'a?[2J?b'");
   CHECK(loramix::io::detail::shown("abcdef", 3) == "'abc…'");
+  CHECK(loramix::io::detail::shown("größe 模型 \U0001F600") == "'größe 模型 \U0001F600'");
+  CHECK(loramix::io::detail::shown("größe", 3) == "'gr…'");  // not half an ö
+  CHECK(loramix::io::detail::shown("\xff\xc2\x9b\xe6\xa8x\xc3") == "'?????x?'");
+  CHECK(loramix::io::detail::shown(std::string(5, 'x'), 5) == "'xxxxx'");
 }

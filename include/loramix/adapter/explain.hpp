@@ -25,7 +25,7 @@ struct Explanation {
 };
 
 /// What a call with `tokens` tokens would do.
-template <class Backend, ProductAdapter A>
+template <class Backend, Adapter A>
 Explanation explain(const Backend& be, const A& adapter, Index tokens) {
   const auto per_token = [&adapter](Keep keep) {
     constexpr Index many = 1024;

@@ -142,7 +142,9 @@ FusedSaved<A> forward(const Backend& be, const A& adapter,
   }
   if (options.save == nullptr) return {};
   *options.save = reserve;
-  FusedSaved<A> saved{.tokens = tokens, .dropout = dropout};
+  FusedSaved<A> saved;
+  saved.tokens = tokens;
+  saved.dropout = dropout;
   if (keep_u) saved.u = u;
   detail::mark_live(adapter, saved);
   return saved;
@@ -173,7 +175,10 @@ void backward(const Backend& be, const A& adapter, FusedSaved<A>& saved,
   };
   typename Ops::ShrinkBackwardOp shrink{adapter.A(), {}, x,  saved.dropout,      du,           {},
                                         {},          {}, dx, options.parameters, options.input};
-  if constexpr (trained) shrink.dA = grad.A();
+  if constexpr (trained) {
+    check::same("backward", "grad", "size", grad.parameters().size, "the adapter's", adapter.parameters().size);
+    shrink.dA = grad.A();
+  }
   shrink.check();
   for (Index i = 0; i < slices; ++i) slice_backward(i).check();
 

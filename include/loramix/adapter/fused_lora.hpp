@@ -101,10 +101,11 @@ class FusedLora {
                                               "slice3.lora_B.weight", "slice4.lora_B.weight", "slice5.lora_B.weight",
                                               "slice6.lora_B.weight", "slice7.lora_B.weight"};
     if (self.config_.shared_A) f("lora_A.weight", self.A(), group::A);
-    for (Index i = 0; i < self.config_.slices.size(); ++i) {
-      if (!self.config_.shared_A) f(A_names[i], self.A().row_range(i * self.config_.rank, self.config_.rank), group::A);
-      f(B_names[i], self.B(i), group::B);
+    const Index slices = self.config_.slices.size(), rank = self.config_.rank;
+    for (Index i = 0; i < slices && !self.config_.shared_A; ++i) {
+      f(A_names[i], self.A().row_range(i * rank, rank), group::A);
     }
+    for (Index i = 0; i < slices; ++i) f(B_names[i], self.B(i), group::B);
   }
   template <class Fill>
   void start(Fill& fill) {

@@ -30,7 +30,7 @@ struct ConvertChunk {
 }  // namespace detail
 
 /// Immutable. Copy it or share it; forward on it is const and thread-safe.
-template <ProductAdapter A>
+template <Adapter A>
 class Packed {
  public:
   using Values = typename A::template rebind<typename A::precision::accumulation, A::space>;
@@ -55,7 +55,7 @@ class Packed {
 };
 
 /// Packs for `pass`. Training reads weights that change every step: there is no pack for backward.
-template <class Backend, ProductAdapter A>
+template <class Backend, Adapter A>
 Packed<A> prepack(const Backend& be, const A& adapter, Pass pass = Pass::forward) {
   if (pass != Pass::forward) {
     fail(check::detail::about(ErrorCode::value, "prepack", "pass") << " must be forward: packs are for inference");
@@ -64,13 +64,13 @@ Packed<A> prepack(const Backend& be, const A& adapter, Pass pass = Pass::forward
 }
 
 /// Bytes of workspace of a forward on the pack.
-template <class Backend, ProductAdapter A>
+template <class Backend, Adapter A>
 Index workspace_bytes(const Backend& be, const Packed<A>& packed, Index tokens) {
   return workspace_bytes(be, packed.values(), tokens);
 }
 
 /// Inference: y (+)= ΔY.
-template <class Backend, ProductAdapter A>
+template <class Backend, Adapter A>
 void forward(const Backend& be, const Packed<A>& packed,
              MatrixView<const typename A::precision::activation, A::space> x,
              MatrixView<typename A::precision::activation, A::space> y, Arena<A::space> work, Into into = Into::add) {

@@ -31,11 +31,21 @@ inline namespace LORAMIX_ABI {
 namespace io {
 namespace detail {
 
-/// Text from a file or a caller as it may stand in a message: short, nothing that moves a cursor.
+/// Text from a file or a caller as it may stand in a message: short, UTF-8, nothing that moves a cursor.
 inline std::string printable(std::string_view text, std::size_t most) {
+  const auto byte = [text](std::size_t i) { return i < text.size() ? static_cast<unsigned char>(text[i]) : 0u; };
   std::string out;
-  for (const char c : text.substr(0, most)) out += static_cast<unsigned char>(c) < 0x20 || c == 0x7f ? '?' : c;
-  return text.size() > most ? out + "…" : out;
+  std::size_t size = 1;
+  for (std::size_t i = 0; i < text.size(); i += size) {
+    const unsigned first = byte(i);
+    size = first < 0xc2 ? 1 : first < 0xe0 ? 2 : first < 0xf0 ? 3 : 4;
+    bool good = size == 1 ? first >= 0x20 && first < 0x7f : first < 0xf5 && !(first == 0xc2 && byte(i + 1) < 0xa0);
+    for (std::size_t k = 1; k < size; ++k) good = good && (byte(i + k) & 0xc0u) == 0x80u;
+    if (!good) size = 1;
+    if (out.size() + size > most) return out + "…";
+    out += good ? text.substr(i, size) : "?";
+  }
+  return out;
 }
 inline std::string shown(std::string_view text, std::size_t most = 80) { return "'" + printable(text, most) + "'"; }
 

@@ -98,5 +98,15 @@ struct ExpandBackward {
   }
 };
 
+/// The op y (+)= scale u Bᵀ for u [T, R], B [d_out, R], y [T, d_out], its types taken from the views: every rank open.
+template <class Acc, class W, class Y, Space S, Major M>
+auto make_expand(MatrixView<Acc, S> u, MatrixView<W, S, M> B, double scale, MatrixView<Y, S> y, Into into = Into::add) {
+  using Sum = std::remove_const_t<Acc>;
+  GateForm<Sum, S> open;
+  open.tokens = u.rows;
+  open.ranks = B.cols;
+  return Expand<Sum, std::remove_const_t<W>, Y, Sum, S, M>{u, open, B, static_cast<Sum>(scale), y, into};
+}
+
 }  // namespace LORAMIX_ABI
 }  // namespace loramix

@@ -91,5 +91,11 @@ struct ShrinkBackward {
   }
 };
 
+/// The op u = x Aᵀ for A [R_a, d_in], x [T, d_in], u [T, R_a], its types taken from the views: no side rows, no dropout.
+template <class W, class X, class Acc, Space S>
+auto make_shrink(MatrixView<W, S> A, MatrixView<X, S> x, MatrixView<Acc, S> u) {
+  return Shrink<std::remove_const_t<X>, std::remove_const_t<W>, Acc, Acc, S>{A, {}, x, {}, u, {}};
+}
+
 }  // namespace LORAMIX_ABI
 }  // namespace loramix

@@ -1,0 +1,79 @@
+// Packs and explain.
+#include "adapter/kinds.hpp"
+
+namespace loramix_test {
+namespace {
+
+TEST_CASE_TEMPLATE("forward on a pack gives the same bits, in no more memory", K, LORAMIX_TEST_KINDS(float),
+                   LoraKind<lm::bfloat16>, LoraKind<lm::half>, FusedKind<lm::bfloat16>, SharedKind<lm::half>,
+                   MixtureKind<lm::bfloat16>, LoraKind<lm::Precision<float, lm::bfloat16>>) {
+  using X = typename K::Adapter::precision::activation;
+  for (const Index tokens : {0, 1, 70}) {
+    Batch<typename K::Adapter> b(K::config(), tokens);
+    const auto packed = lm::prepack(b.be, b.adapter, lm::Pass::forward);
+    const Index bytes = lm::workspace_bytes(b.be, packed, tokens);
+    CHECK(bytes <= lm::workspace_bytes(b.be, b.adapter, tokens));
+    Memory work(bytes);
+    auto y = random_matrix<X>(tokens, K::config().d_out, b.random);
+    auto want = y;
+    for (const lm::Into into : {lm::Into::add, lm::Into::set}) {
+      b.forward(want, {.into = into});
+      lm::forward(b.be, packed, b.x, y, work.arena(), into);
+      CHECK(same_bits(y, want));
+    }
+  }
+}
+
+TEST_CASE_TEMPLATE("a pack is a copy that knows whether it is still current", K, LoraKind<lm::bfloat16>,
+                   FusedKind<float>, MixtureKind<float>) {
+  Batch<typename K::Adapter> b(K::config(), 9);
+  const auto packed = lm::prepack(b.be, b.adapter);
+  auto before = b.zeros_y(), after = b.zeros_y(), changed = b.zeros_y();
+  lm::forward(b.be, packed, b.x, before, b.work.arena());
+  CHECK(packed.is_current(b.adapter));
+  packed.require_current(b.adapter);
+  auto& weight = b.adapter.parameters()[1];
+  const auto old = weight;
+  weight = lm::narrow<std::remove_reference_t<decltype(weight)>>(3.0);
+  CHECK_FALSE(packed.is_current(b.adapter));
+  check_error(lm::ErrorCode::state, {"packed", "changed since it was packed"},
+              [&] { packed.require_current(b.adapter); });
+  lm::forward(b.be, packed, b.x, after, b.work.arena());
+  b.forward(changed);
+  CHECK(same_bits(before, after));
+  CHECK_FALSE(same_bits(before, changed));
+  weight = old;
+  packed.require_current(b.adapter);
+  const auto shared = packed;  // copies are as good
+  shared.require_current(b.adapter);
+  check_error(lm::ErrorCode::value, {"prepack", "pass"}, [&] { lm::prepack(b.be, b.adapter, lm::Pass::backward); });
+}
+
+TEST_CASE_TEMPLATE("explain says path, tiles, cost and memory", K, LORAMIX_TEST_KINDS(float)) {
+  Batch<typename K::Adapter> b(K::config(), 70);
+  const lm::Explanation e = lm::explain(b.be, b.adapter, 70);
+  CHECK(e.tokens == 70);
+  CHECK(e.forward_workspace == lm::workspace_bytes(b.be, b.adapter, 70));
+  CHECK(e.backward_workspace == lm::workspace_bytes(b.be, b.adapter, 70, lm::Pass::backward));
+  CHECK(e.cost.forward_flop == b.adapter.cost(70).forward_flop);
+  CHECK(e.facts.tile_tokens == 64);
+  const Index rows_of_A = b.adapter.A().rows;
+  CHECK(e.reserve_per_token - e.reserve_per_token_recomputed == rows_of_A * static_cast<Index>(sizeof(float)));
+  std::FILE* file = std::tmpfile();
+  REQUIRE(file != nullptr);
+  lm::print(e, file);
+  std::rewind(file);
+  char text[1024] = {};
+  CHECK(std::fread(text, 1, sizeof text - 1, file) > 100);
+  std::fclose(file);
+  const std::string said = text;
+  for (const std::string& part : {std::string("70 tokens: cpu composed"), std::string("tiles of 64 tokens"),
+                                  std::to_string(e.forward_workspace) + " bytes of workspace",
+                                  std::to_string(e.backward_workspace) + " bytes of workspace",
+                                  std::to_string(e.reserve_per_token) + " bytes kept per token"}) {
+    CHECK_MESSAGE(said.find(part) != std::string::npos, part);
+  }
+}
+
+}  // namespace
+}  // namespace loramix_test
