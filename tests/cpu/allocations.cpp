@@ -124,7 +124,7 @@ TEST_CASE("the counter counts") {
 TEST_CASE_TEMPLATE("no op allocates", T, float, double, lm::bfloat16) {
   for (const GateSpec& spec : gate_specs()) {
     if (spec.computed || spec.mixed_ranks) continue;
-    INFO(spec.name);
+    INFO(std::string(spec.name));
     CHECK(allocations_of<T>(lm::SerialExecutor{}, spec) == 0);
   }
 }

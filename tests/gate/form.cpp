@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <limits>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include <loramix/gate/form.hpp>
@@ -42,7 +43,7 @@ TEST_CASE("a lowered gate is open where its data say so, and its factors are the
     if (spec.computed) continue;
     for (const Index tokens : {1, 17}) {
       for (const Index experts : {1, 4}) {
-        INFO(spec.name, ", T ", tokens, ", E ", experts);
+        INFO(std::string(spec.name), ", T ", tokens, ", E ", experts);
         Memory memory;
         const GateData data = draw_gate(random, spec, tokens, experts, 3);
         LoweredGate<Memory, double> gate(memory, data, 2);
