@@ -36,13 +36,8 @@ struct FusedLoraConfig {
   }
   template <class Self, class F>
   static void fields(Self& self, F&& f) {
-    f("d_in", self.d_in);
-    f("d_out", self.d_out);
-    f("slices", self.slices);
-    f("rank", self.rank);
-    f("alpha", self.alpha);
-    f("dropout", self.dropout);
-    f("rank_stabilised", self.rank_stabilised);
+    LoraConfig::fields(self, f);
+    Slices::fields(self.slices, f);
     f("shared_A", self.shared_A);
   }
   LoraConfig one() const { return {d_in, d_out, rank, alpha, dropout, rank_stabilised}; }
@@ -81,8 +76,8 @@ class FusedLora {
   /// All rows of A: r, or r per slice.
   auto A() { return parameters_.matrix(0, config_.rows_of_A(), config_.d_in); }
   auto A() const { return parameters_.matrix(0, config_.rows_of_A(), config_.d_in); }
-  auto B(Index i) { return B_of(*this, i); }
-  auto B(Index i) const { return B_of(*this, i); }
+  auto B(Index i) { return parameters_.rank_major(1 + int(i), config_.slices[i].width, config_.rank); }
+  auto B(Index i) const { return parameters_.rank_major(1 + int(i), config_.slices[i].width, config_.rank); }
   /// Columns of U that slice i reads.
   Index first_rank(Index i) const { return config_.shared_A ? 0 : i * config_.rank; }
 
@@ -93,19 +88,12 @@ class FusedLora {
   }
   template <class Self, class F>
   static void visit(Self& self, F&& f) {
-    // visit hands out names that live for ever: one per possible slice.
-    static constexpr const char* A_names[] = {"slice0.lora_A.weight", "slice1.lora_A.weight", "slice2.lora_A.weight",
-                                              "slice3.lora_A.weight", "slice4.lora_A.weight", "slice5.lora_A.weight",
-                                              "slice6.lora_A.weight", "slice7.lora_A.weight"};
-    static constexpr const char* B_names[] = {"slice0.lora_B.weight", "slice1.lora_B.weight", "slice2.lora_B.weight",
-                                              "slice3.lora_B.weight", "slice4.lora_B.weight", "slice5.lora_B.weight",
-                                              "slice6.lora_B.weight", "slice7.lora_B.weight"};
     if (self.config_.shared_A) f("lora_A.weight", self.A(), group::A);
     const Index slices = self.config_.slices.size(), rank = self.config_.rank;
     for (Index i = 0; i < slices && !self.config_.shared_A; ++i) {
-      f(A_names[i], self.A().row_range(i * rank, rank), group::A);
+      f(slice_names[i].A, self.A().row_range(i * rank, rank), group::A);
     }
-    for (Index i = 0; i < slices; ++i) f(B_names[i], self.B(i), group::B);
+    for (Index i = 0; i < slices; ++i) f(slice_names[i].B, self.B(i), group::B);
   }
   template <class Fill>
   void start(Fill& fill) {
@@ -114,24 +102,12 @@ class FusedLora {
   }
 
  private:
-  struct Sizes {
-    Index of[1 + Slices::capacity] = {};
-  };
-  static Sizes sizes_of(const Config& config) {
-    Sizes sizes;
-    sizes.of[0] = detail::size_of(config.rows_of_A(), config.d_in);
-    for (Index i = 0; i < config.slices.size(); ++i) {
-      sizes.of[1 + i] = detail::size_of(config.slices[i].width, config.rank);
-    }
-    return sizes;
-  }
   static Parameters<T, S, 1 + Slices::capacity> sizes(const Config& config) {
-    return Parameters<T, S, 1 + Slices::capacity>(sizes_of(config).of);
-  }
-  template <class Self>
-  static auto B_of(Self& self, Index i) {
-    return self.parameters_.template matrix<Major::column>(1 + static_cast<int>(i), self.config_.slices[i].width,
-                                                           self.config_.rank);
+    Index sizes[1 + Slices::capacity] = {detail::size_of(config.rows_of_A(), config.d_in)};
+    for (Index i = 0; i < config.slices.size(); ++i) {
+      sizes[1 + i] = detail::size_of(config.slices[i].width, config.rank);
+    }
+    return Parameters<T, S, 1 + Slices::capacity>(sizes);
   }
 
   Config config_;

@@ -1,8 +1,9 @@
 /// HydraLoRA: one shared A, an expert per head B, a dense softmax router.
 ///
-/// Computes:    ΔY = s Σ_e g_e (X̂ Aᵀ) B_eᵀ, g = softmax(x W_gᵀ); s = α/r with r the rows of A. U = X̂ Aᵀ is computed once.
-/// Source:      HydraLoRA, Tian et al. 2024 (arXiv 2404.19245). The authors' code recomputes A, with a new dropout mask, for
-///              every expert.
+/// Computes:    ΔY = s Σ_e g_e (X̂ Aᵀ) B_eᵀ, g = softmax(x W_gᵀ) [T, E]; s = α/r, r the rows of A. U = X̂ Aᵀ is made
+///              once.
+/// Source:      HydraLoRA, Tian et al. 2024 (arXiv 2404.19245). The authors' code recomputes A, with a new dropout
+///              mask, for every expert.
 /// Parameters:  adapter/mixture.hpp; the router starts U(−1/√d_in, 1/√d_in).
 /// Errors:      adapter/mixture.hpp
 /// Cost:        a shrink of r rows, an expand of E·r ranks, E router rows.

@@ -87,12 +87,8 @@ class Lora {
 
   MatrixView<T, S> A() { return parameters_.matrix(0, config_.rank, config_.d_in); }
   MatrixView<const T, S> A() const { return parameters_.matrix(0, config_.rank, config_.d_in); }
-  MatrixView<T, S, Major::column> B() {
-    return parameters_.template matrix<Major::column>(1, config_.d_out, config_.rank);
-  }
-  MatrixView<const T, S, Major::column> B() const {
-    return parameters_.template matrix<Major::column>(1, config_.d_out, config_.rank);
-  }
+  MatrixView<T, S, Major::column> B() { return parameters_.rank_major(1, config_.d_out, config_.rank); }
+  MatrixView<const T, S, Major::column> B() const { return parameters_.rank_major(1, config_.d_out, config_.rank); }
   OpenGate<typename precision::score, S> gate() const { return {}; }
   double scale() const { return config_.scale(); }
   double dropout() const { return config_.dropout; }

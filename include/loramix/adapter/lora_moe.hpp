@@ -1,6 +1,6 @@
 /// LoRAMoE: a dense softmax mixture of LoRA experts.
 ///
-/// Computes:    ΔY = s Σ_e g_e (X̂ A_eᵀ) B_eᵀ, g = softmax(x W_gᵀ); s = α/r of one expert.
+/// Computes:    ΔY = s Σ_e g_e (X̂ A_eᵀ) B_eᵀ, g = softmax(x W_gᵀ) [T, E]; s = α/r of one expert.
 /// Source:      LoRAMoE, Dou et al. 2024 (arXiv 2312.09979). Its localised balance loss is in ops/losses.hpp.
 /// Parameters:  adapter/mixture.hpp; the router starts U(−1/√d_in, 1/√d_in).
 /// Errors:      adapter/mixture.hpp

@@ -9,7 +9,7 @@
 /// Errors:      sizes below 0, no expert, dropout outside [0, 1); what the gate's check() refuses.
 /// Cost:        LoRA of rank E·r (one shrink of r rows where A is shared) plus the router's rows.
 /// Determinism: adapter/forward.hpp
-/// Example:     adapter/mola.hpp
+/// Example:     tests/adapter
 #pragma once
 #include <loramix/adapter/lora.hpp>
 #include <loramix/gate/computed.hpp>
@@ -72,8 +72,8 @@ class Mixture {
 
   auto A() { return parameters_.matrix(0, rows_of_A(), config_.d_in); }
   auto A() const { return parameters_.matrix(0, rows_of_A(), config_.d_in); }
-  auto B() { return parameters_.template matrix<Major::column>(1, config_.d_out, ranks()); }
-  auto B() const { return parameters_.template matrix<Major::column>(1, config_.d_out, ranks()); }
+  auto B() { return parameters_.rank_major(1, config_.d_out, ranks()); }
+  auto B() const { return parameters_.rank_major(1, config_.d_out, ranks()); }
   auto side() { return parameters_.matrix(2, config_.router_rows(), config_.d_in); }
   auto side() const { return parameters_.matrix(2, config_.router_rows(), config_.d_in); }
   auto gate() const { return Method::template gate<T, typename precision::score, S>(config_, side()); }

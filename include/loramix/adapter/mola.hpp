@@ -1,11 +1,12 @@
 /// MoLA, and the router of MixLoRA's attention-free form: each token picks its k best experts.
 ///
-/// Computes:    ΔY = s Σ_{e in top-k} g_e (X̂ A_eᵀ) B_eᵀ (router/top_k.hpp); s = α/r of one expert. The number of experts may
-///              differ from layer to layer: it is a run-time value.
+/// Computes:    ΔY = s Σ_{e in top-k} g_e (X̂ A_eᵀ) B_eᵀ (router/top_k.hpp); s = α/r of one expert. The
+///              number of experts may differ from layer to layer: it is a run-time value.
 /// Source:      MoLA, Gao et al. 2024 (arXiv 2402.08562): top-2 of the token, renormalised.
 /// Parameters:  adapter/mixture.hpp; the router starts U(−1/√d_in, 1/√d_in), its noise rows (if any) at 0.
 /// Errors:      adapter/mixture.hpp; k outside [1, experts].
-/// Cost:        LoRA of rank E·r plus the router rows; the composed path computes all experts in rank space and selects there.
+/// Cost:        LoRA of rank E·r plus the router rows; the composed path computes all experts in rank
+///              space and selects there.
 /// Determinism: adapter/forward.hpp; with capacity a token depends on its batch.
 /// Merge:       none: the gate depends on the token.
 /// Example:     examples/demo

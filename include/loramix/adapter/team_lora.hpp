@@ -2,17 +2,18 @@
 ///
 /// Computes:    ΔY = s Σ_e ω_e (X̂ A_eᵀ) B_eᵀ with A [E·r_B, d_in] in E segments and ω = M softmax(S(x))
 ///              (router/competition.hpp); s = α/r_B.
-/// Source:      TeamLoRA, arXiv 2408.09856 (abstract, figure and notes: no code was released). Ours: S = linear(d_in, 64) +
-///              SiLU + linear(64, E); M starts with 1 on its diagonal and U(0, 1/E) elsewhere.
+/// Source:      TeamLoRA, arXiv 2408.09856 (abstract, figure, notes: no code was released). Ours: S = linear(d_in, 64)
+///              + SiLU + linear(64, E); M starts with 1 on its diagonal and U(0, 1/E) elsewhere.
 /// Parameters:  lora_A.weight [E·r_B, d_in], lora_B.weight [d_out, E·r_B], shapley.0.weight [hidden or E, d_in],
-///              shapley.0.bias [1, hidden], shapley.2.weight [E, hidden], shapley.2.bias [1, E], interaction.weight [E, E].
+///              shapley.0.bias [1, hidden], shapley.2.weight [E, hidden], shapley.2.bias [1, E], interaction.weight
+///              [E, E].
 /// Errors:      sizes below 0, no expert, dropout outside [0, 1).
 /// Cost:        LoRA of rank E·r_B plus the rows of S.
 /// Determinism: adapter/forward.hpp
 /// Merge:       none: the gate depends on the token.
 /// Example:     examples/train
 #pragma once
-#include <loramix/adapter/lora.hpp>
+#include <loramix/adapter/mixture.hpp>
 #include <loramix/router/competition.hpp>
 
 namespace loramix {
@@ -30,21 +31,12 @@ struct TeamLoraConfig {
   Competition competition = Competition::learned;
 
   static TeamLoraConfig of(const Shape& shape) {
-    const Index rank = shape.total_rank / shape.experts;
-    return {.d_in = shape.d_in,
-            .d_out = shape.d_out,
-            .experts = shape.experts,
-            .rank = rank,
-            .alpha = 2.0 * static_cast<double>(rank)};
+    const MixtureConfig c = MixtureConfig::of(shape);
+    return {c.d_in, c.d_out, c.experts, c.rank, c.alpha};
   }
   template <class Self, class F>
   static void fields(Self& self, F&& f) {
-    f("d_in", self.d_in);
-    f("d_out", self.d_out);
-    f("experts", self.experts);
-    f("rank", self.rank);
-    f("alpha", self.alpha);
-    f("dropout", self.dropout);
+    MixtureConfig::fields(self, f);
     f("hidden", self.hidden);
     f("competition", self.competition);
   }
@@ -76,10 +68,10 @@ class TeamLora {
   double scale() const { return config_.rank == 0 ? 0 : config_.alpha / static_cast<double>(config_.rank); }
   double dropout() const { return config_.dropout; }
 
-  auto A() { return A_of(*this); }
-  auto A() const { return A_of(*this); }
-  auto B() { return B_of(*this); }
-  auto B() const { return B_of(*this); }
+  auto A() { return parameters_.matrix(0, ranks(), config_.d_in); }
+  auto A() const { return parameters_.matrix(0, ranks(), config_.d_in); }
+  auto B() { return parameters_.rank_major(1, config_.d_out, ranks()); }
+  auto B() const { return parameters_.rank_major(1, config_.d_out, ranks()); }
   auto gate() { return gate_of<T>(*this); }
   auto gate() const { return gate_of<const T>(*this); }
 
@@ -114,14 +106,6 @@ class TeamLora {
 
  private:
   Index side_rows() const { return config_.hidden != 0 ? config_.hidden : config_.experts; }
-  template <class Self>
-  static auto A_of(Self& self) {
-    return self.parameters_.matrix(0, self.ranks(), self.config_.d_in);
-  }
-  template <class Self>
-  static auto B_of(Self& self) {
-    return self.parameters_.template matrix<Major::column>(1, self.config_.d_out, self.ranks());
-  }
   template <class W, class Self>
   static CompetitionGate<W, typename precision::score, S> gate_of(Self& self) {
     const Config& c = self.config_;

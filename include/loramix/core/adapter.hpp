@@ -70,7 +70,11 @@ class Parameters {
   explicit Parameters(const Index (&sizes)[N]) {
     for (int i = 0; i < N; ++i) {
       check::at_least("Parameters", "size", sizes[i], 0);
-      offset_[i + 1] = offset_[i] + (sizes[i] + 31) / 32 * 32;
+      Index padded;
+      if (__builtin_add_overflow(sizes[i], Index{31}, &padded) ||
+          __builtin_add_overflow(offset_[i], padded / 32 * 32, &offset_[i + 1])) {
+        fail(check::detail::about(ErrorCode::overflow, "Parameters", "size") << " of " << sizes[i] << " overflows");
+      }
     }
     buffer_ = Buffer<T, S>(offset_[N]);
   }
@@ -82,6 +86,13 @@ class Parameters {
   template <Major M = Major::row>
   MatrixView<const T, S, M> matrix(int i, Index rows, Index cols) const {
     return {buffer_.data() + offset_[i], rows, cols};
+  }
+  /// A B matrix [d_out, R] in the fast order: R rows of d_out.
+  MatrixView<T, S, Major::column> rank_major(int i, Index d_out, Index ranks) {
+    return matrix<Major::column>(i, d_out, ranks);
+  }
+  MatrixView<const T, S, Major::column> rank_major(int i, Index d_out, Index ranks) const {
+    return matrix<Major::column>(i, d_out, ranks);
   }
   VectorView<T, S> flat() { return buffer_.view(); }
   VectorView<const T, S> flat() const { return buffer_.view(); }

@@ -1,5 +1,6 @@
 /// Everything the GPU backend does. Needs nvcc and cuBLAS, no flag of nvcc's; streams and memory are the caller's.
 #pragma once
+#include <loramix/gpu/adapter.cuh>
 #include <loramix/gpu/backend.cuh>
 #include <loramix/gpu/buffer.cuh>
 #include <loramix/gpu/product.cuh>

@@ -115,6 +115,12 @@ ExpandBackwardScratch<Acc> carve(DeviceArena& arena, const Backend& be,
 
 }  // namespace detail
 
+/// What explain() prints.
+inline PathFacts path_of(const Backend&) {
+  return {"gpu composed (cuBLAS product, gate, cuBLAS product)", "the path of every scalar, gate and size",
+          detail::chunk_tokens};
+}
+
 // ---- shrink ----------------------------------------------------------------------------------------------------------
 
 template <class X, class W, class Acc, class Score>

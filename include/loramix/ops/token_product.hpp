@@ -7,7 +7,7 @@
 /// Errors:      shape, null, alias; small workspace.
 /// Cost:        2·T·a·b flop.
 /// Determinism: tokens in a fixed order, whatever the threads.
-/// Example:     gate/competition.hpp
+/// Example:     tests/ops
 #pragma once
 #include <loramix/ops/execute.hpp>
 

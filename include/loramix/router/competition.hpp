@@ -10,7 +10,7 @@
 /// Errors:      shapes are checked by the adapter that owns the parameters.
 /// Cost:        T·E·(hidden + E) multiplications beside the side rows' 2·T·hidden·d_in flop.
 /// Determinism: a row depends on itself only; parameter gradients sum tokens in a fixed order.
-/// Example:     adapter/team_lora.hpp
+/// Example:     tests/adapter
 #pragma once
 #include <cmath>
 

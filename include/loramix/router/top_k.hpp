@@ -16,7 +16,7 @@
 /// Cost:        O(T·(E + k·E)); capacity O(T·k·E), by priority O(T·k·T·k/E).
 /// Determinism: a row depends on itself only, but for capacity, which depends on the batch by its nature. The same choice
 ///              on every device where logits agree.
-/// Example:     adapter/mola.hpp
+/// Example:     tests/adapter
 #pragma once
 #include <cmath>
 
@@ -27,6 +27,7 @@
 namespace loramix {
 inline namespace LORAMIX_ABI {
 
+/// What a logit becomes before it is a weight.
 enum class Scoring { softmax, sigmoid };
 /// Which choices an expert keeps when it is full: earlier (token, slot) first, or larger weights first.
 enum class CapacityOrder { arrival, priority };
