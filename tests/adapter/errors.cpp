@@ -135,8 +135,9 @@ TEST_CASE("configurations that cannot be") {
   check_error(Code::value, {"dropout"}, make({.d_in = 1, .d_out = 2, .dropout = -0.1}));
   check_error(Code::value, {"dropout"}, make({.d_in = 1, .d_out = 2, .dropout = nan}));
   CHECK(caught(make({.d_in = Index{1} << 40, .d_out = 2, .rank = Index{1} << 40})).any);
-  CHECK(caught(make({.d_in = Index{1} << 61, .d_out = 2, .rank = 3})).any);
-  CHECK(caught([] { lm::Lora<double>({.d_in = INT64_MAX, .d_out = 0, .rank = 1}); }).any);
+  check_error(Code::overflow, {"no memory"}, make({.d_in = Index{1} << 61, .d_out = 2, .rank = 1}));
+  check_error(Code::overflow, {"Parameters", "overflows"}, make({.d_in = INT64_MAX, .d_out = 0, .rank = 1}));
+  check_error(Code::overflow, {"Parameters", "overflows"}, make({.d_in = 1, .d_out = 1, .rank = INT64_MAX - 31}));
 }
 
 }  // namespace

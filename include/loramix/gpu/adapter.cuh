@@ -6,7 +6,7 @@
 /// Errors:      sizes that differ; CUDA failures (ErrorCode::device).
 /// Cost:        to_device allocates; all wait until the copy is done: for loaders, checkpoints and tests.
 /// Determinism: bit for bit.
-/// Example:     tests/gpu/graph.cu
+/// Example:     tests/consumer/use_gpu.cu
 #pragma once
 #include <loramix/core/adapter.hpp>
 #include <loramix/gpu/buffer.cuh>
