@@ -5,10 +5,14 @@
 #include <loramix/adapter/forward.hpp>
 #include <loramix/adapter/fused_forward.hpp>
 #include <loramix/adapter/fused_lora.hpp>
+#include <loramix/adapter/hydra_lora.hpp>
 #include <loramix/adapter/initialise.hpp>
 #include <loramix/adapter/lora.hpp>
+#include <loramix/adapter/lora_moe.hpp>
 #include <loramix/adapter/merge.hpp>
+#include <loramix/adapter/mola.hpp>
 #include <loramix/adapter/pack.hpp>
+#include <loramix/adapter/team_lora.hpp>
 #include <loramix/core/thread_pool.hpp>
 #include <loramix/core/version.hpp>
 #include <loramix/gate/gates.hpp>
