@@ -7,7 +7,8 @@
 /// Errors:      shape, stride, null, alias, overflow, gate contents on the host, small workspace or reserve: before any
 ///              write. Saving with dropout but no key; a second backward; another adapter's or batch's Saved; in debug
 ///              builds weights that changed since forward.
-/// Cost:        adapter.cost(T); workspace_bytes and reserve_bytes; no allocation.
+/// Cost:        adapter.cost(T); workspace_bytes and reserve_bytes; no allocation. A router with jitter reads a copy of
+///              x of its own: one more pass over x forward, two more backward.
 /// Determinism: ADR 0005. Saving, packing and the number of threads never change a bit of y.
 /// Example:     examples/engine, examples/train
 #pragma once
@@ -39,6 +40,7 @@ struct ForwardOptions {
   Groups<S> tasks{};
   VectorView<const std::int32_t, S> labels{};  // [sequences]
   VectorView<const std::uint8_t, S> valid{};   // [T]
+  VectorView<const float, S> selection_bias{};  // [E] for routers that choose (router/selection_bias.hpp)
 };
 
 /// Whether backward adds to gradients or assigns them.
@@ -172,6 +174,39 @@ struct CopyRow {
   }
 };
 
+/// Row body of jitter: out[t, :] (+)= in[t, :] ∘ U(1 − ε, 1 + ε), the same factors for the router's input and its gradient.
+template <class T, class Acc, Space S>
+struct JitterRow {
+  std::uint64_t key, first_token;
+  double epsilon;
+  MatrixView<const T, S> in;
+  MatrixView<T, S> out;
+  Into into;
+  template <Team Tm>
+  LORAMIX_HD void operator()(const Tm& team, Index t) const {
+    team.each(out.cols, [&](Index c) {
+      const double u = draw_uniform(key, Purpose::jitter, first_token + static_cast<std::uint64_t>(t), c);
+      const Acc value = widen<Acc>(in(t, c)) * Acc(1 + epsilon * (2 * u - 1));
+      out(t, c) = narrow<T>(into == Into::add ? widen<Acc>(out(t, c)) + value : value);
+    });
+  }
+};
+
+/// ε of a gate whose router reads a jittered x; 0 for all others.
+template <class Gate>
+double jitter_of(const Gate& gate) {
+  if constexpr (requires { gate.jitter(); })
+    return gate.jitter();
+  else
+    return 0;
+}
+template <class T, class Backend, class X, Space S>
+void jitter_rows(const Backend& be, double epsilon, const Key& key, MatrixView<const X, S> in, MatrixView<X, S> out,
+                 Into into) {
+  for_rows<S>(be, in.rows,
+              JitterRow<X, typename T::Acc, S>{philox_key(key), key.first_token, epsilon, in, out, into});
+}
+
 /// FNV-1a over the parameters' bytes: what debug builds compare.
 template <class A>
 std::uint64_t checksum(const A& adapter) {
@@ -272,11 +307,15 @@ Index workspace_bytes(const Backend& be, const A& adapter, Index tokens, Pass pa
   if (pass == Pass::forward) {
     Memory counter = Memory::counting();
     detail::carve_saved(counter, adapter, tokens, true, false);
+    if (detail::jitter_of(gate) > 0) counter.template matrix<typename T::X>(tokens, adapter.A().cols);
     return Memory::with_alignment(counter.used() + stages);
   }
   Memory counter = Memory::counting();
   const auto u = counter.template matrix<typename T::Acc>(tokens, adapter.A().rows);  // recomputed
   const auto du = counter.template matrix<typename T::Acc>(tokens, adapter.A().rows);
+  if (detail::jitter_of(gate) > 0) {  // the router's x and its gradient
+    for (int i = 0; i < 2; ++i) counter.template matrix<typename T::X>(tokens, adapter.A().cols);
+  }
   const MatrixView<typename T::Score, A::space> dh{nullptr, tokens, T::side(gate).rows};
   GateForm<typename T::Score, A::space> form = detail::form_for_sizes(adapter, tokens);
   form.tokens = tokens;
@@ -377,14 +416,22 @@ Saved<A> forward(const Backend& be, const A& adapter, MatrixView<const typename 
   const bool save = options.save != nullptr, keep_u = save && options.keep == Keep::z;
   const Dropout dropout = detail::begin_forward(be, adapter, x, work, options);
 
-  const GateCall<A::space> call{tokens, {options.sequences, options.tasks, options.labels, options.valid}, options.key};
+  const GateCall<A::space> call{tokens, {options.sequences, options.tasks, options.labels, options.valid}, options.key,
+                                options.selection_bias};
   if constexpr (requires { gate.check("forward", call); }) gate.check("forward", call);
 
   Arena<A::space> reserve = save ? *options.save : Arena<A::space>{};
   Saved<A> saved = detail::carve_saved(save ? reserve : work, adapter, tokens, save ? keep_u : true, save);
   saved.call = call;
   const auto u = save && !keep_u ? work.template matrix<typename T::Acc>(tokens, adapter.A().rows) : saved.u;
-  const typename T::ShrinkOp shrink{adapter.A(), T::side(gate), x, dropout, u, saved.h};
+  const double jitter = options.key.on ? detail::jitter_of(gate) : 0;
+  typename T::ShrinkOp shrink{adapter.A(), T::side(gate), x, dropout, u, saved.h}, router{};
+  if (jitter > 0) {
+    const auto xj = work.template matrix<typename T::X>(tokens, x.cols);
+    router = {adapter.A().row_range(0, 0), shrink.side, xj, {}, u.col_range(0, 0), saved.h};
+    shrink.side = {};
+    shrink.h = {};
+  }
   const typename T::ExpandOp expand{
       u, T::form(gate, saved.state, call, ranks), adapter.B(), typename T::Acc(adapter.scale()), y, options.into};
   check::disjoint("forward", "y", y, "x", x);
@@ -392,6 +439,11 @@ Saved<A> forward(const Backend& be, const A& adapter, MatrixView<const typename 
   expand.check();
 
   detail::run_checked(be, shrink, work);
+  if (jitter > 0) {
+    const MatrixView<typename T::X, A::space> xj{const_cast<typename T::X*>(router.x.data), tokens, x.cols};
+    detail::jitter_rows<T>(be, jitter, options.key, x, xj, Into::set);
+    detail::run_checked(be, router, work);
+  }
   if constexpr (T::computed) {
     detail::run_gate(be, gate, saved.h, saved.state, call, work);
     if (save) for_rows<A::space>(be, tokens, detail::CopyRow<typename T::Score, A::space>{{}, saved.dh});

@@ -12,24 +12,13 @@
 /// Example:     examples/demo
 #pragma once
 #include <loramix/adapter/mixture.hpp>
-#include <loramix/gate/softmax.hpp>
 
 namespace loramix {
 inline namespace LORAMIX_ABI {
 
 /// What makes a mixture HydraLoRA.
-struct HydraLoraMethod {
-  using Config = MixtureConfig;
+struct HydraLoraMethod : SoftmaxMethod<true> {
   static constexpr const char* kind = "hydra_lora";
-  static constexpr bool shared_A = true;
-  template <class W, class Score, Space S>
-  static SoftmaxGate<W, Score, S> gate(const Config&, MatrixView<const W, S> router) {
-    return {router};
-  }
-  template <class Fill, class Router>
-  static void start_router(Fill& fill, const Config& config, Router router) {
-    fill.uniform("moe_gate.weight", router, 1 / std::sqrt(static_cast<double>(config.d_in)));
-  }
 };
 
 /// lm::HydraLora<float> hydra({.d_in = …, .d_out = …, .experts = 8, .rank = 4});

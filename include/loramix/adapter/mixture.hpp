@@ -12,7 +12,7 @@
 /// Example:     tests/adapter
 #pragma once
 #include <loramix/adapter/lora.hpp>
-#include <loramix/gate/computed.hpp>
+#include <loramix/gate/softmax.hpp>
 
 namespace loramix {
 inline namespace LORAMIX_ABI {
@@ -44,6 +44,21 @@ struct MixtureConfig {
     f("dropout", self.dropout);
   }
   Index router_rows() const { return experts; }
+};
+
+/// What dense mixtures with a softmax router and no bias have in common.
+template <bool SharedA>
+struct SoftmaxMethod {
+  using Config = MixtureConfig;
+  static constexpr bool shared_A = SharedA;
+  template <class W, class Score, Space S>
+  static SoftmaxGate<W, Score, S> gate(const Config&, MatrixView<const W, S> router) {
+    return {router};
+  }
+  template <class Fill, class Router>
+  static void start_router(Fill& fill, const Config& config, Router router) {
+    fill.uniform("moe_gate.weight", router, 1 / std::sqrt(static_cast<double>(config.d_in)));
+  }
 };
 
 /// Owns A, B and the router.
