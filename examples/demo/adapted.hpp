@@ -1,5 +1,6 @@
 // A frozen network with one adapter per linear layer, and the training loop of any adapter of the library.
 #pragma once
+#include <functional>
 #include <loramix/adapter/forward.hpp>
 #include <loramix/adapter/initialise.hpp>
 #include <loramix/cpu/cpu.hpp>
@@ -13,12 +14,18 @@ constexpr std::array<const char*, layers> layer_name{"layers.0", "layers.1", "la
 template <class Adapter>
 class Adapted {
  public:
-  /// `shape` says the budget (total rank, experts); the layers say the rest.
-  Adapted(const Network& base, lm::Shape shape, std::uint64_t seed) : base_(&base) {
+  using Config = typename Adapter::Config;
+
+  /// `shape` says the budget (total rank, experts), `adjust` what else a method's configuration needs; the layers say the
+  /// rest.
+  Adapted(const Network& base, lm::Shape shape, std::uint64_t seed, const std::function<void(Config&)>& adjust)
+      : base_(&base) {
     for (int l = 0; l < layers; ++l) {
       shape.d_in = width[l];
       shape.d_out = width[l + 1];
-      adapters.emplace_back(Adapter::Config::of(shape));
+      Config config = Adapter::Config::of(shape);
+      if (adjust) adjust(config);
+      adapters.emplace_back(config);
       lm::initialise(adapters[l], {.seed = seed, .site = layer_name[l]});
     }
   }
@@ -31,12 +38,12 @@ class Adapted {
     return count;
   }
 
-  Matrix logits(const Matrix& x) const {
-    const Memory memory(*this, x.rows());
-    Activations h{x};
+  Matrix logits(const Images& images) const {
+    const Memory memory(*this, images.size());
+    Activations h{images.x};
     for (int l = 0; l < layers; ++l) {
       base_->linear(l, h[l], h[l + 1]);
-      lm::forward(be, adapters[l], view(h[l]), view(h[l + 1]), memory.work);
+      lm::forward(be, adapters[l], view(h[l]), view(h[l + 1]), memory.work, {.tasks = tasks_of(images)});
       if (l + 1 < layers) h[l + 1] = h[l + 1].cwiseMax(0);
     }
     return h[layers];
@@ -58,7 +65,7 @@ class Adapted {
         const lm::Key key{.seed = seed, .site = lm::site(layer_name[l]), .step = step};
         base_->linear(l, h[l], h[l + 1]);
         saved.push_back(lm::forward(be, adapters[l], view(h[l]), view(h[l + 1]), memory.work,
-                                    {.save = &memory.reserve, .key = key}));
+                                    {.save = &memory.reserve, .key = key, .tasks = tasks_of(batch)}));
         if (l + 1 < layers) h[l + 1] = h[l + 1].cwiseMax(0);
       }
 
@@ -82,6 +89,9 @@ class Adapted {
   std::vector<Adapter> adapters;  // one per layer
 
  private:
+  /// The domain of every image, for methods that are told.
+  static lm::Groups<> tasks_of(const Images& images) { return lm::Groups<>::by_id(images.domain.data(), domains); }
+
   /// What the library's calls need: they allocate nothing themselves.
   struct Memory {
     std::vector<std::byte> work_bytes, reserve_bytes;

@@ -7,7 +7,11 @@
 #include <chrono>
 #include <cstdlib>
 #include <exception>
+#include <loramix/adapter/hydra_lora.hpp>
 #include <loramix/adapter/lora.hpp>
+#include <loramix/adapter/lora_moe.hpp>
+#include <loramix/adapter/mola.hpp>
+#include <loramix/adapter/team_lora.hpp>
 #include <loramix/core/thread_pool.hpp>
 
 #include "report.hpp"
@@ -23,6 +27,12 @@ std::vector<Method> all_methods() {
       full_fine_tuning(),
       adapter<lm::Lora<float>>("LoRA, r = 4", {.total_rank = 4}),
       adapter<lm::Lora<float>>("LoRA, r = 24", {.total_rank = 24}),
+      // Mixtures at LoRA's budget: at most the parameters of r = 24, routers included.
+      adapter<lm::LoraMoe<float>>("LoRAMoE, 4 of 5", {.total_rank = 20, .experts = 4}),
+      adapter<lm::HydraLora<float>>("HydraLoRA, 4 of 9", {.total_rank = 36, .experts = 4}),
+      adapter<lm::Mola<float>>("MoLA, 2 of 4", {.total_rank = 20, .experts = 4}),
+      adapter<lm::TeamLora<float>>("TeamLoRA, 4 of 5", {.total_rank = 20, .experts = 4},
+                                   [](lm::TeamLoraConfig& config) { config.hidden = 7; }),
   };
 }
 
@@ -88,7 +98,7 @@ void print_setting(const Options& options, const std::vector<Task>& tasks) {
   double clean = 0;
   for (const Task& task : tasks) {
     const Images& test = task.data.clean_test;
-    clean += accuracy(task.base.logits(test.x), test.label) / static_cast<double>(tasks.size());
+    clean += accuracy(task.base.logits(test), test.label) / static_cast<double>(tasks.size());
   }
   std::printf(
       "Handwritten digits in six domains with %s labels: %% of 540 test images read right, mean of %zu seed%s.\n"

@@ -33,7 +33,7 @@ struct Method {
 template <class Model>
 std::array<double, domains> accuracies(const Model& model, const Data& data) {
   std::array<double, domains> percent;
-  for (int k = 0; k < domains; ++k) percent[k] = accuracy(model.logits(data.test[k].x), data.test[k].label);
+  for (int k = 0; k < domains; ++k) percent[k] = accuracy(model.logits(data.test[k]), data.test[k].label);
   return percent;
 }
 
@@ -66,9 +66,10 @@ inline Method full_fine_tuning() {
 
 /// Any adapter of the library, at a budget.
 template <class Adapter>
-Method adapter(const std::string& name, const lm::Shape& shape) {
-  return {name, Adapted<Adapter>(Network(), shape, 0).trainable(), [=](const Task& task) {
-            Adapted<Adapter> model(task.base, shape, task.seed);
+Method adapter(const std::string& name, const lm::Shape& shape,
+               const std::function<void(typename Adapter::Config&)>& adjust = {}) {
+  return {name, Adapted<Adapter>(Network(), shape, 0, adjust).trainable(), [=](const Task& task) {
+            Adapted<Adapter> model(task.base, shape, task.seed, adjust);
             const double seconds = seconds_of([&] { model.train(task.data.train, task.protocol, task.seed); });
             const auto check = [=, &task](const std::string& folder) {
               return round_trip(model, task.base, task.data, folder, file_name(name));

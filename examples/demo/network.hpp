@@ -45,8 +45,8 @@ class Network {
       if (l + 1 < layers) h[l + 1] = h[l + 1].cwiseMax(0);
     }
   }
-  Matrix logits(const Matrix& x) const {
-    Activations h{x};
+  Matrix logits(const Images& images) const {
+    Activations h{images.x};
     forward(h);
     return h[layers];
   }

@@ -40,7 +40,7 @@ Difference difference(const Model& model, const Other& other, const Data& data) 
   Difference found;
   float largest = 0;
   for (const Images& images : data.test) {
-    const Matrix a = model.logits(images.x), b = other.logits(images.x);
+    const Matrix a = model.logits(images), b = other.logits(images);
     largest = larger(largest, a.cwiseAbs().maxCoeff<Eigen::PropagateNaN>());
     found.outputs = larger(found.outputs, (a - b).cwiseAbs().maxCoeff<Eigen::PropagateNaN>());
     const std::vector<int> p = predictions(a), q = predictions(b);
