@@ -16,6 +16,7 @@
 #include <type_traits>
 #include <utility>
 
+#include <loramix/adapter/rank_gradients.hpp>
 #include <loramix/core/adapter.hpp>
 #include <loramix/gate/softmax.hpp>
 #include <loramix/ops/expand.hpp>
@@ -327,6 +328,7 @@ Index workspace_bytes(const Backend& be, const A& adapter, Index tokens, Pass pa
   if (T::Gate::facts.slots & Slots::multiplier) dgate.multiplier = {wanted, form.multiplier.size};
   if (T::Gate::facts.slots & Slots::rank_scale) dgate.rank_scale = {wanted, form.rank_scale.size};
   if constexpr (T::computed) gate.carve(counter, tokens, false);  // dstate
+  detail::RankGradients<A>::carve(counter, adapter);
   const typename T::ExpandBackwardOp expand{u,  form, adapter.B(), {}, {nullptr, tokens, adapter.B().rows},
                                             du, {},   dgate};
   typename T::ShrinkBackwardOp shrink{adapter.A(), T::side(gate), {nullptr, tokens, adapter.A().cols}, {}, du, dh};
@@ -474,6 +476,7 @@ void backward(const Backend& be, const A& adapter, Saved<A>& saved,
   const auto u = recompute ? work.template matrix<typename T::Acc>(tokens, adapter.A().rows) : saved.u;
   const auto du = work.template matrix<typename T::Acc>(tokens, adapter.A().rows);
   typename T::State dstate{};
+  detail::RankGradients<A> by_rank;
   typename T::ExpandBackwardOp expand{u,
                                       T::form(gate, saved.state, saved.call, ranks),
                                       adapter.B(),
@@ -489,6 +492,8 @@ void backward(const Backend& be, const A& adapter, Saved<A>& saved,
     check::same("backward", "grad", "size", grad.parameters().size, "the adapter's", adapter.parameters().size);
     shrink.dA = grad.A();
     expand.dB = grad.B();
+    by_rank = detail::RankGradients<A>::carve(work, adapter);
+    by_rank.redirect(shrink, expand);
     if constexpr (T::computed) shrink.dside = detail::side_of(grad);
     if constexpr (requires { grad.gate_gradient(); }) expand.dgate = grad.gate_gradient();
   }
@@ -513,6 +518,7 @@ void backward(const Backend& be, const A& adapter, Saved<A>& saved,
                               options.parameters, work);
   }
   detail::run_checked(be, shrink, work);
+  if constexpr (trained) by_rank.add_to(be, adapter, grad, options.parameters);
   saved.live = false;
 }
 

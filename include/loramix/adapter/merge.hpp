@@ -1,11 +1,12 @@
 /// Folding an adapter into the weights it adapts, and taking it out again to the last bit.
 ///
 /// Computes:    W ← round(W + s B diag(g) A), summed in double, rounded once to nearest even straight from double
-///              (MATH.md section 4, "Merging"). g: the gate's rank scale where it has one.
+///              (MATH.md section 4, "Merging"). g: the gate's rank scale where it has one, or what a gate of the task
+///              gives every token of one task (MOELoRA, MoRE): {.task = τ}. A may be shared by experts.
 /// Reads:       A [R, d_in], B [d_out, R].
 /// Writes:      W [d_out, d_in] of any storage type, in place. The token keeps the bytes there were.
-/// Errors:      shape, null, alias; weights that are not finite (ErrorCode::value): before any write. A gate that
-///              depends on the token does not compile: no exact merge exists.
+/// Errors:      shape, null, alias; weights that are not finite (ErrorCode::value), a task there is not: before any
+///              write. A gate that depends on the token does not compile: no exact merge exists.
 /// Cost:        2·R·d_in·d_out flop in double; the token holds a copy of W.
 /// Determinism: every element is one sum in rank order, whatever the threads.
 /// Example:     examples/demo
@@ -13,7 +14,8 @@
 #include <cmath>
 
 #include <loramix/core/adapter.hpp>
-#include <loramix/gate/gates.hpp>
+#include <loramix/core/arena.hpp>
+#include <loramix/gate/batch.hpp>
 
 namespace loramix {
 inline namespace LORAMIX_ABI {
@@ -69,9 +71,9 @@ MergeReport merge_row(MatrixView<const W> A, MatrixView<const W, Space::host, M>
   for (Index c = 0; c < A.cols; c += block) {
     const Index n = A.cols - c < block ? A.cols - c : block;
     double sum[block] = {};
-    for (Index j = 0; j < A.rows; ++j) {
+    for (Index j = 0; j < B.cols; ++j) {
       const double b = widen<double>(B(o, j)) * (g.data == nullptr ? 1.0 : widen<double>(g[j]));
-      for (Index i = 0; i < n; ++i) sum[i] += b * widen<double>(A(j, c + i));
+      for (Index i = 0; i < n; ++i) sum[i] += b * widen<double>(A(j % A.rows, c + i));
     }
     for (Index i = 0; i < n; ++i) {
       const double exact = widen<double>(weights[c + i]) + scale * sum[i];
@@ -96,6 +98,43 @@ void merge_product(const Backend& be, MatrixView<const W> A, MatrixView<const W,
   }
 }
 
+/// The checks of every product that is merged.
+template <class A, class T>
+void check_merge(const A& adapter, MatrixView<T> weights) {
+  const auto down = adapter.A();
+  const auto up = adapter.B();
+  check::shape("merge", "weights", weights, "d_out of the adapter", up.rows, "d_in of the adapter", down.cols);
+  check::disjoint("merge", "weights", weights, "A", down);
+  check::disjoint("merge", "weights", weights, "B", up);
+  check_finite("merge", "A", down);
+  check_finite("merge", "B", up);
+}
+
+/// What `task`'s tokens are gated with, rank by rank (0: closed), by a forward of one token.
+template <class Backend, class A>
+Buffer<double> gate_of_task(const Backend& be, const A& adapter, Index task) {
+  using Acc = typename A::precision::accumulation;
+  using Score = typename A::precision::score;
+  const auto gate = adapter.gate();
+  const std::int32_t id = static_cast<std::int32_t>(task);
+  const GateCall<> call{1, {.tasks = Groups<>::by_id(&id, gate.tasks())}};
+  Buffer<std::byte> memory(
+      Arena<>::with_alignment(carved_bytes<Space::host>([&](Arena<>& counter) { gate.carve(counter, 1, false); })));
+  Arena<> arena{memory.data(), memory.size()};
+  const auto state = gate.carve(arena, 1, false);
+  gate.forward(be, {}, state, call, Arena<>{});
+  const auto form = gate.form(state, call, adapter.B().cols);
+  const GateRow<Acc, Score, Space::host> row(form, 0);
+  Buffer<double> factors(form.ranks);
+  for (Index j = 0; j < form.ranks; ++j) {
+    const Index e = form.expert_of(j);
+    factors[j] = row.open(j, e) ? static_cast<double>(row.factor(j, e)) : 0.0;
+    if (std::isfinite(factors[j])) continue;
+    fail(check::detail::about(ErrorCode::value, "merge", "the gate of task") << " " << task << " is not finite");
+  }
+  return factors;
+}
+
 inline void finish(MergeReport& total, Index elements) {
   if (elements != 0) total.rms_rounding = std::sqrt(total.rms_rounding / static_cast<double>(elements));
 }
@@ -109,18 +148,42 @@ Merged<T> merge(const Backend& be, const A& adapter, MatrixView<T> weights) {
   using Gate = decltype(adapter.gate());
   static_assert(Gate::facts.token_invariant,
                 "loramix: this adapter's gate depends on the token: no exact merge exists");
-  const auto down = adapter.A();
+  detail::check_merge(adapter, weights);
   const auto up = adapter.B();
-  check::shape("merge", "weights", weights, "d_out of the adapter", up.rows, "d_in of the adapter", down.cols);
-  check::disjoint("merge", "weights", weights, "A", down);
-  check::disjoint("merge", "weights", weights, "B", up);
-  detail::check_finite("merge", "A", down);
-  detail::check_finite("merge", "B", up);
   Merged<T> merged(weights, {});
-  detail::merge_product(be, down, up, adapter.gate().form(0, up.cols).rank_scale, adapter.scale(), weights,
+  detail::merge_product(be, adapter.A(), up, adapter.gate().form(0, up.cols).rank_scale, adapter.scale(), weights,
                         merged.report);
   detail::finish(merged.report, weights.rows * weights.cols);
   return merged;
+}
+
+/// What a gate of the task is merged for.
+struct MergeOptions {
+  Index task = 0;
+};
+
+/// Folds in what the adapter does to tokens of one task: exact for them, and for no other.
+template <class Backend, ProductAdapter A, class T>
+  requires(A::space == Space::host)
+Merged<T> merge(const Backend& be, const A& adapter, MatrixView<T> weights, MergeOptions options) {
+  static_assert(
+      requires { decltype(adapter.gate())::by_task; },
+      "loramix: merge for a task needs a gate of the task (static constexpr bool by_task)");
+  detail::check_merge(adapter, weights);
+  const Index tasks = adapter.gate().tasks();
+  if (options.task < 0 || options.task >= tasks) {
+    fail(check::detail::about(ErrorCode::value, "merge", "task")
+         << " is " << options.task << ", but there are " << tasks);
+  }
+  const Buffer<double> factors = detail::gate_of_task(be, adapter, options.task);
+  Merged<T> merged(weights, {});
+  detail::merge_product(be, adapter.A(), adapter.B(), factors.view(), adapter.scale(), weights, merged.report);
+  detail::finish(merged.report, weights.rows * weights.cols);
+  return merged;
+}
+template <class Backend, Adapter A, class T>
+Merged<T> merge(const Backend& be, const A& adapter, Matrix<T>& weights, MergeOptions options) {
+  return merge(be, adapter, weights.view(), options);
 }
 
 /// The same for an owning matrix.

@@ -118,6 +118,7 @@ struct GradientCheckOptions {
   std::uint64_t seed = 1;
   double noise = 0.5;  // added to every parameter, uniform in ±noise: many start at 0, where gradients vanish
   Keep keep = Keep::z;
+  Batch<> batch{};  // what routers of tasks and sequences need to know of the tokens
 };
 
 namespace detail {
@@ -155,10 +156,21 @@ GradientReport gradient_check(const Backend& be, A adapter, const GradientCheckO
   Buffer<std::byte> scratch(there > back ? there : back), kept(reserve_bytes(adapter, tokens, options.keep));
   const Key key{.seed = options.seed, .site = site("gradient_check")};
   Arena<> work{scratch.data(), scratch.size()}, reserve{kept.data(), kept.size()};
-  auto saved = forward(be, adapter, x, y, work, {.save = &reserve, .key = key, .keep = options.keep});
+  const auto call = [&](Arena<>* save, Into into) {
+    const Batch<>& batch = options.batch;
+    return ForwardOptions<Space::host>{.save = save,
+                                       .key = key,
+                                       .keep = options.keep,
+                                       .into = into,
+                                       .sequences = batch.sequences,
+                                       .tasks = batch.tasks,
+                                       .labels = batch.labels,
+                                       .valid = batch.valid};
+  };
+  auto saved = forward(be, adapter, x, y, work, call(&reserve, Into::add));
   backward(be, adapter, saved, x, dy, dx, gradient, work);
   return gradient_check(claims, [&] {
-    forward(be, adapter, x, y, work, {.key = key, .into = Into::set});
+    forward(be, adapter, x, y, work, call(nullptr, Into::set));
     double loss = 0;
     for (Index t = 0; t < tokens; ++t) {
       for (Index o = 0; o < d_out; ++o) loss += dy(t, o) * y(t, o);

@@ -1,0 +1,134 @@
+/// MOELoRA: a mixture of small LoRA experts, weighted by the task.
+///
+/// Computes:    ΔY = s Σ_e g_{τ,e} (X̂ A_eᵀ) B_eᵀ, g_τ = softmax(W_g e_τ) (router/task.hpp); every expert has r/E of the
+///              total rank r, s = α/r. `shared_A`: all experts read one A of r/E rows (HydraLoRA gated by the task).
+/// Source:      MOELoRA, Liu et al. 2023 (arXiv 2310.18339): A ~ N(0, 0.01²), embeddings N(0, 1) of 64 values.
+/// Parameters:  lora_A.weight [r or r/E, d_in], lora_B.weight [d_out, r], lora_task_embedding.weight [tasks, dim],
+///              lora_gate.weight [E, dim].
+/// Errors:      sizes below 0, no task, no expert, a rank that E does not divide, dropout outside [0, 1); a batch without
+///              tasks.
+/// Cost:        LoRA of rank r, and a few operations per task.
+/// Determinism: adapter/forward.hpp
+/// Merge:       exact for one task: merge(be, adapter, W, {.task = τ}) (adapter/merge.hpp).
+/// Example:     tests/adapter/moe_lora.cpp
+#pragma once
+#include <loramix/adapter/lora.hpp>
+#include <loramix/router/task.hpp>
+
+namespace loramix {
+inline namespace LORAMIX_ABI {
+
+/// `rank` is the total, divided among the experts.
+struct MoeLoraConfig {
+  Index d_in = 0;
+  Index d_out = 0;
+  Index tasks = 1;
+  Index experts = 8;
+  Index rank = 16;
+  double alpha = 32;
+  double dropout = 0;
+  Index embedding = 64;
+  bool shared_A = false;
+
+  static MoeLoraConfig of(const Shape& shape) {
+    const Index rank = shape.total_rank / shape.experts * shape.experts;
+    return {.d_in = shape.d_in,
+            .d_out = shape.d_out,
+            .experts = shape.experts,
+            .rank = rank,
+            .alpha = 2.0 * static_cast<double>(rank)};
+  }
+  template <class Self, class F>
+  static void fields(Self& self, F&& f) {
+    f("d_in", self.d_in);
+    f("d_out", self.d_out);
+    f("tasks", self.tasks);
+    f("experts", self.experts);
+    f("rank", self.rank);
+    f("alpha", self.alpha);
+    f("dropout", self.dropout);
+    f("embedding", self.embedding);
+    f("shared_A", self.shared_A);
+  }
+  Index rows_of_A() const { return shared_A ? rank / experts : rank; }
+};
+
+namespace detail {
+inline const MoeLoraConfig& checked(const MoeLoraConfig& config) {
+  checked_mixture("MoeLora", config);
+  check::at_least("MoeLora", "tasks", config.tasks, 1);
+  check::at_least("MoeLora", "embedding", config.embedding, 1);
+  if (config.rank % config.experts != 0) {
+    fail(check::detail::about(ErrorCode::value, "MoeLora", "rank")
+         << " is " << config.rank << " in total, which " << config.experts << " experts do not divide");
+  }
+  return config;
+}
+}  // namespace detail
+
+/// Owns A, B, the tasks' embeddings and W_g.
+template <class P = float, Space S = Space::host, class T = typename precision_t<P>::weight>
+class MoeLora {
+ public:
+  using Config = MoeLoraConfig;
+  using precision = precision_t<P>;
+  using element = T;
+  template <class U, Space V = S>
+  using rebind = MoeLora<P, V, U>;
+  static constexpr Space space = S;
+  static constexpr const char* kind = "moe_lora";
+
+  explicit MoeLora(const Config& config)
+      : config_(detail::checked(config)),
+        parameters_({detail::size_of(config.rows_of_A(), config.d_in), detail::size_of(config.d_out, config.rank),
+                     detail::size_of(config.tasks, config.embedding),
+                     detail::size_of(config.experts, config.embedding)}) {}
+
+  const Config& config() const { return config_; }
+  VectorView<T, S> parameters() { return parameters_.flat(); }
+  VectorView<const T, S> parameters() const { return parameters_.flat(); }
+  double scale() const { return config_.rank == 0 ? 0 : config_.alpha / static_cast<double>(config_.rank); }
+  double dropout() const { return config_.dropout; }
+
+  auto A() { return parameters_.matrix(0, config_.rows_of_A(), config_.d_in); }
+  auto A() const { return parameters_.matrix(0, config_.rows_of_A(), config_.d_in); }
+  auto B() { return parameters_.rank_major(1, config_.d_out, config_.rank); }
+  auto B() const { return parameters_.rank_major(1, config_.d_out, config_.rank); }
+  auto gate() { return gate_of<T>(*this); }
+  auto gate() const { return gate_of<const T>(*this); }
+
+  Cost cost(Index tokens) const {
+    Cost cost = product_cost<precision>(tokens, config_.d_in, config_.d_out, config_.rows_of_A(), config_.rank, 0);
+    cost.parameters += (config_.tasks + config_.experts) * config_.embedding;
+    return cost;
+  }
+  template <class Self, class F>
+  static void visit(Self& self, F&& f) {
+    const auto scorer = self.gate().scorer;
+    f("lora_A.weight", self.A(), group::A);
+    f("lora_B.weight", self.B(), group::B);
+    f("lora_task_embedding.weight", scorer.embedding, group::embedding);
+    f("lora_gate.weight", scorer.projection, group::router);
+  }
+  template <class Fill>
+  void start(Fill& fill) {
+    const auto scorer = gate().scorer;
+    fill.normal("lora_A.weight", A(), 0.01 * 0.01);
+    fill.zero(B());
+    fill.normal("lora_task_embedding.weight", scorer.embedding, 1);
+    fill.uniform("lora_gate.weight", scorer.projection, 1 / std::sqrt(static_cast<double>(config_.embedding)));
+  }
+
+ private:
+  template <class W, class Self>
+  static TaskSoftmaxGate<W, typename precision::score, S> gate_of(Self& self) {
+    const Config& c = self.config_;
+    return {{self.parameters_.matrix(2, c.tasks, c.embedding), self.parameters_.matrix(3, c.experts, c.embedding), {}}};
+  }
+
+  Config config_;
+  Parameters<T, S, 4> parameters_;
+};
+
+}  // namespace LORAMIX_ABI
+}  // namespace loramix
