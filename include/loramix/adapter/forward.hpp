@@ -39,8 +39,8 @@ struct ForwardOptions {
   // What the batch says of its tokens, for routers and losses that ask (gate/batch.hpp).
   Groups<S> sequences{};
   Groups<S> tasks{};
-  VectorView<const std::int32_t, S> labels{};  // [sequences]
-  VectorView<const std::uint8_t, S> valid{};   // [T]
+  VectorView<const std::int32_t, S> labels{};   // [sequences]
+  VectorView<const std::uint8_t, S> valid{};    // [T]
   VectorView<const float, S> selection_bias{};  // [E] for routers that choose (router/selection_bias.hpp)
 };
 
@@ -86,6 +86,34 @@ struct ProductOf {
   using ShrinkBackwardOp = ShrinkBackward<X, W, Acc, Score, G, space>;
   using ExpandOp = Expand<Acc, W, X, Score, space, major>;
   using ExpandBackwardOp = ExpandBackward<Acc, W, X, Score, G, space, major>;
+
+  /// The side rows of a shrink, taken out of it: a router that reads a jittered copy of x.
+  struct Jittered {
+    MatrixView<X, space> x;  // [T, d_in]
+    ShrinkOp shrink;
+  };
+  static Jittered split_router(Arena<space>& work, ShrinkOp& all) {
+    const auto x = work.template matrix<X>(all.x.rows, all.x.cols);
+    const ShrinkOp router{all.A.row_range(0, 0), all.side, x, {}, all.u.col_range(0, 0), all.h};
+    all.side = {};
+    all.h = {};
+    return {x, router};
+  }
+  struct JitteredBackward {
+    MatrixView<X, space> x, dx;  // [T, d_in]
+    ShrinkBackwardOp shrink;
+  };
+  static JitteredBackward split_router(Arena<space>& work, ShrinkBackwardOp& all) {
+    const auto x = work.template matrix<X>(all.x.rows, all.x.cols);
+    const auto dx = all.dx.data == nullptr ? all.dx : work.template matrix<X>(all.x.rows, all.x.cols);
+    const ShrinkBackwardOp router{
+        all.A.row_range(0, 0), all.side, x, {}, all.du.col_range(0, 0), all.dh, {}, all.dside, dx,
+        all.parameters,        Into::set};
+    all.side = {};
+    all.dh = {};
+    all.dside = {};
+    return {x, dx, router};
+  }
 
   static MatrixView<const W, space> side(const Gate& gate) {
     if constexpr (computed)
@@ -201,11 +229,11 @@ double jitter_of(const Gate& gate) {
   else
     return 0;
 }
-template <class T, class Backend, class X, Space S>
-void jitter_rows(const Backend& be, double epsilon, const Key& key, MatrixView<const X, S> in, MatrixView<X, S> out,
-                 Into into) {
-  for_rows<S>(be, in.rows,
-              JitterRow<X, typename T::Acc, S>{philox_key(key), key.first_token, epsilon, in, out, into});
+template <class T, class Backend>
+void jitter_rows(const Backend& be, double epsilon, const Key& key, MatrixView<const typename T::X, T::space> in,
+                 MatrixView<typename T::X, T::space> out, Into into) {
+  using Body = JitterRow<typename T::X, typename T::Acc, T::space>;
+  for_rows<T::space>(be, in.rows, Body{philox_key(key), key.first_token, epsilon, in, out, into});
 }
 
 /// FNV-1a over the parameters' bytes: what debug builds compare.
@@ -418,8 +446,8 @@ Saved<A> forward(const Backend& be, const A& adapter, MatrixView<const typename 
   const bool save = options.save != nullptr, keep_u = save && options.keep == Keep::z;
   const Dropout dropout = detail::begin_forward(be, adapter, x, work, options);
 
-  const GateCall<A::space> call{tokens, {options.sequences, options.tasks, options.labels, options.valid}, options.key,
-                                options.selection_bias};
+  const GateCall<A::space> call{
+      tokens, {options.sequences, options.tasks, options.labels, options.valid}, options.key, options.selection_bias};
   if constexpr (requires { gate.check("forward", call); }) gate.check("forward", call);
 
   Arena<A::space> reserve = save ? *options.save : Arena<A::space>{};
@@ -427,13 +455,9 @@ Saved<A> forward(const Backend& be, const A& adapter, MatrixView<const typename 
   saved.call = call;
   const auto u = save && !keep_u ? work.template matrix<typename T::Acc>(tokens, adapter.A().rows) : saved.u;
   const double jitter = options.key.on ? detail::jitter_of(gate) : 0;
-  typename T::ShrinkOp shrink{adapter.A(), T::side(gate), x, dropout, u, saved.h}, router{};
-  if (jitter > 0) {
-    const auto xj = work.template matrix<typename T::X>(tokens, x.cols);
-    router = {adapter.A().row_range(0, 0), shrink.side, xj, {}, u.col_range(0, 0), saved.h};
-    shrink.side = {};
-    shrink.h = {};
-  }
+  typename T::ShrinkOp shrink{adapter.A(), T::side(gate), x, dropout, u, saved.h};
+  typename T::Jittered router;
+  if (jitter > 0) router = T::split_router(work, shrink);
   const typename T::ExpandOp expand{
       u, T::form(gate, saved.state, call, ranks), adapter.B(), typename T::Acc(adapter.scale()), y, options.into};
   check::disjoint("forward", "y", y, "x", x);
@@ -442,9 +466,8 @@ Saved<A> forward(const Backend& be, const A& adapter, MatrixView<const typename 
 
   detail::run_checked(be, shrink, work);
   if (jitter > 0) {
-    const MatrixView<typename T::X, A::space> xj{const_cast<typename T::X*>(router.x.data), tokens, x.cols};
-    detail::jitter_rows<T>(be, jitter, options.key, x, xj, Into::set);
-    detail::run_checked(be, router, work);
+    detail::jitter_rows<T>(be, jitter, options.key, x, router.x, Into::set);
+    detail::run_checked(be, router.shrink, work);
   }
   if constexpr (T::computed) {
     detail::run_gate(be, gate, saved.h, saved.state, call, work);
@@ -504,6 +527,9 @@ void backward(const Backend& be, const A& adapter, Saved<A>& saved,
   }
   expand.check();
   shrink.check();
+  const double jitter = saved.call.key.on ? detail::jitter_of(gate) : 0;
+  typename T::JitteredBackward router;
+  if (jitter > 0) router = T::split_router(work, shrink);
 
   if (recompute) detail::run_checked(be, typename T::ShrinkOp{adapter.A(), {}, x, saved.dropout, u, {}}, work);
   detail::run_checked(be, expand, work);
@@ -518,6 +544,11 @@ void backward(const Backend& be, const A& adapter, Saved<A>& saved,
                               options.parameters, work);
   }
   detail::run_checked(be, shrink, work);
+  if (jitter > 0) {
+    detail::jitter_rows<T>(be, jitter, saved.call.key, x, router.x, Into::set);
+    detail::run_checked(be, router.shrink, work);
+    if (dx.data != nullptr) detail::jitter_rows<T>(be, jitter, saved.call.key, router.dx, dx, Into::add);
+  }
   if constexpr (trained) by_rank.add_to(be, adapter, grad, options.parameters);
   saved.live = false;
 }

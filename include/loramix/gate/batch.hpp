@@ -1,7 +1,7 @@
 /// What a batch says about its tokens beside their values: sequences, tasks, domain labels, padding.
 ///
 /// Computes:    nothing; views that routers and losses read.
-/// Reads:       groups of [T] tokens; labels [sequences]; valid [T].
+/// Reads:       groups of [T] tokens; labels [sequences]; valid [T]; selection bias [E].
 /// Errors:      checked by who reads them (host): ids, offsets, sizes.
 /// Cost:        none.
 /// Determinism: none needed.
@@ -29,7 +29,8 @@ template <Space S = Space::host>
 struct GateCall {
   Index tokens = 0;
   Batch<S> batch{};
-  Key key = no_draws;  // noise is drawn where it is on
+  Key key = no_draws;                           // noise is drawn where it is on
+  VectorView<const float, S> selection_bias{};  // [E] what router/selection_bias.hpp keeps; empty: none
 };
 
 }  // namespace LORAMIX_ABI

@@ -42,18 +42,22 @@ LORAMIX_HD T silu_slope(T z) {
 }
 }  // namespace detail
 
+/// What the gate leaves for backward.
+template <class Score, Space S>
+struct CompetitionState {
+  MatrixView<Score, S> activation;   // [T, hidden] SiLU(h + b₁); in a gradient: of h + b₁
+  MatrixView<Score, S> logits;       // [T, E]
+  MatrixView<Score, S> p;            // [T, E] φ
+  MatrixView<Score, S> weights;      // [T, E] ω
+  MatrixView<Score, S> dp, dlogits;  // [T, E] losses add to them
+};
+
 /// W is const in an adapter and mutable in its gradient.
 template <class W, class Score, Space S = Space::host>
 struct CompetitionGate {
   static constexpr GateFacts facts{Sparsity::dense, Slots::weights, false};
   static constexpr Space space = S;
-  struct State {
-    MatrixView<Score, S> activation;   // [T, hidden] SiLU(h + b₁); in a gradient: of h + b₁
-    MatrixView<Score, S> logits;       // [T, E]
-    MatrixView<Score, S> p;            // [T, E] φ
-    MatrixView<Score, S> weights;      // [T, E] ω
-    MatrixView<Score, S> dp, dlogits;  // [T, E] losses add to them
-  };
+  using State = CompetitionState<Score, S>;
 
   MatrixView<W, S> S1;  // [hidden or E, d_in]
   MatrixView<W, S> b1;  // [1, hidden]
@@ -105,7 +109,8 @@ struct CompetitionGate {
                 Arena<S> work) const {
     for_rows<S>(be, call.tokens, Backward{*this, h, state, dstate, dh});
     if constexpr (!is_frozen<GradientGate>) {
-      if (form_of != Competition::identity) add_product(be, dstate.weights, state.p, gradient.M, into, work);
+      const Index used = form_of == Competition::identity ? 0 : call.tokens;  // M is not read: its gradient is 0
+      add_product(be, dstate.weights.row_range(0, used), state.p.row_range(0, used), gradient.M, into, work);
       add_sum(be, dstate.logits, gradient.b2, into);
       if (S2.data == nullptr) return;
       add_product(be, dstate.logits, state.activation, gradient.S2, into, work);
@@ -113,17 +118,7 @@ struct CompetitionGate {
     }
   }
 
- private:
-  template <class Backend, class G>
-  static void add_product(const Backend& be, MatrixView<Score, S> left, MatrixView<Score, S> right,
-                          MatrixView<G, S> out, Into into, Arena<S> work) {
-    execute(be, TokenProduct<Score, G, S>{left, right, out, into}, work);
-  }
-  template <class Backend, class G>
-  static void add_sum(const Backend& be, MatrixView<Score, S> values, MatrixView<G, S> out, Into into) {
-    execute(be, ColumnSum<Score, G, S>{values, {}, out, into}, Arena<S>{});
-  }
-
+  // Row bodies are public: nvcc takes no private type as a kernel's argument.
   struct Forward {
     CompetitionGate gate;
     MatrixView<const Score, S> h;
@@ -188,6 +183,17 @@ struct CompetitionGate {
       });
     }
   };
+
+ private:
+  template <class Backend, class G>
+  static void add_product(const Backend& be, MatrixView<Score, S> left, MatrixView<Score, S> right,
+                          MatrixView<G, S> out, Into into, Arena<S> work) {
+    execute(be, TokenProduct<Score, G, S>{left, right, out, into}, work);
+  }
+  template <class Backend, class G>
+  static void add_sum(const Backend& be, MatrixView<Score, S> values, MatrixView<G, S> out, Into into) {
+    execute(be, ColumnSum<Score, G, S>{values, {}, out, into}, Arena<S>{});
+  }
 };
 
 }  // namespace LORAMIX_ABI

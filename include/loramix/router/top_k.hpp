@@ -9,14 +9,15 @@
 ///              Capacity C = ⌈cf·k·T/E − 1e-6⌉ valid tokens per expert: what comes later (or weighs less) is dropped.
 /// Source:      MATH.md section 2; Shazeer et al. 2017 (noise), Switch and DeepSeek-V3 (sigmoid, bias). Capacity's rounding
 ///              is ours.
-/// Reads:       router [E, d_in], or [2E, d_in] with the noise's rows below (side rows); selection bias [E].
+///              jitter: the router reads x ∘ U(1 − ε, 1 + ε), the experts x (adapter/forward.hpp).
+/// Reads:       router [E, d_in], or [2E, d_in] with the noise's rows below (side rows); the call's selection bias [E].
 /// Writes:      State: logits, p [T, E]; ids, weights, chosen [T, k], assigned.
 /// Adds to:     dh [T, E or 2E].
-/// Errors:      k outside [1, E].
+/// Errors:      k outside [1, E]; temperature, top_p, capacity or jitter out of range; a selection bias that is not [E].
 /// Cost:        O(T·(E + k·E)); capacity O(T·k·E), by priority O(T·k·T·k/E).
 /// Determinism: a row depends on itself only, but for capacity, which depends on the batch by its nature. The same choice
 ///              on every device where logits agree.
-/// Example:     tests/adapter
+/// Example:     tests/router
 #pragma once
 #include <cmath>
 
@@ -43,7 +44,7 @@ struct TopKRule {
   double capacity = 0;  // 0: no limit
   CapacityOrder order = CapacityOrder::arrival;
   bool noise = false;  // the router has noise rows
-  double jitter = 0;   // the router's input times U(1 − ε, 1 + ε) while training
+  double jitter = 0;   // ε: the router's input times U(1 − ε, 1 + ε) while training
 
   template <class Self, class F>
   static void fields(Self& self, F&& f) {
@@ -115,17 +116,26 @@ struct TopKGate {
 
   MatrixView<const W, S> router;  // [E, d_in] or [2E, d_in]
   TopKRule rule;
-  VectorView<const float, S> selection_bias{};  // [E] or empty
 
   LORAMIX_HD Index experts() const { return rule.noise ? router.rows / 2 : router.rows; }
   double jitter() const { return rule.jitter; }
   MatrixView<const W, S> side() const { return router; }
 
-  void check(const char* op, const GateCall<S>&) const {
+  void check(const char* op, const GateCall<S>& call) const {
     check::at_least(op, "top-k", rule.k, 1);
     check::at_least(op, "experts", experts(), rule.k);
-    if (!selection_bias.empty()) {
-      check::same(op, "selection bias", "size", selection_bias.size, "the number of experts", experts());
+    const auto demand = [op](bool good, const char* what, const char* range) {
+      if (!good) fail(check::detail::about(ErrorCode::value, op, what) << " must be " << range);
+    };
+    const double tau = rule.temperature, scale = rule.route_scale;
+    demand(tau > 0 && tau - tau == 0, "temperature", "above 0 and finite");
+    demand(scale - scale == 0, "route_scale", "finite");
+    demand(rule.top_p >= 0 && rule.top_p <= 1, "top_p", "in [0, 1]");
+    demand(rule.capacity >= 0 && rule.capacity <= 1e6, "capacity", "in [0, 1e6]");
+    demand(rule.jitter >= 0 && rule.jitter < 1, "jitter", "in [0, 1)");
+    if (!call.selection_bias.empty()) {
+      check::view(op, "selection bias", call.selection_bias);
+      check::same(op, "selection bias", "size", call.selection_bias.size, "the number of experts", experts());
     }
   }
   State carve(Arena<S>& arena, Index tokens, bool training) const {
@@ -168,12 +178,13 @@ struct TopKGate {
     for_rows<S>(be, call.tokens, Backward{*this, h, state, dstate, dh, call});
   }
 
- private:
+  /// n of (token, expert).
   LORAMIX_HD Score noise_of(const GateCall<S>& call, Index t, Index e) const {
     return Score(draw_normal(philox_key(call.key), Purpose::router_noise,
                              call.key.first_token + static_cast<std::uint64_t>(t), e));
   }
 
+  // Row bodies are public: nvcc takes no private type as a kernel's argument.
   struct Forward {
     TopKGate gate;
     MatrixView<const Score, S> h;
@@ -183,18 +194,18 @@ struct TopKGate {
     template <Team Tm>
     LORAMIX_HD void operator()(const Tm& team, Index t) const {
       const Index E = gate.experts(), k = gate.rule.k;
-      const TopKRule& rule = gate.rule;
+      const TopKRule& r = gate.rule;
       Score* const logits = state.logits.row(t);
       Score* const p = state.p.row(t);
       team.each(E, [&](Index e) {
         logits[e] = h(t, e);
-        if (rule.noise && call.key.on) {
+        if (r.noise && call.key.on) {
           logits[e] += gate.noise_of(call, t, e) * (detail::softplus(h(t, E + e)) + Score(0.01));
         }
         if (state.dp.data != nullptr) state.dp(t, e) = state.dlogits(t, e) = Score(0);
       });
-      if (rule.scoring == Scoring::softmax) {
-        detail::softmax_row(team, E, logits, Score(rule.temperature), p);
+      if (r.scoring == Scoring::softmax) {
+        detail::softmax_row(team, E, logits, Score(r.temperature), p);
       } else {
         const Score sum = team.sum(E, [&](Index e) { return detail::sigmoid(logits[e]); });
         team.each(E, [&](Index e) { p[e] = sum == Score(0) ? Score(0) : detail::sigmoid(logits[e]) / sum; });
@@ -205,22 +216,22 @@ struct TopKGate {
    private:
     /// ids and weights of token t.
     LORAMIX_HD void choose(Index t, Index E, Index k) const {
-      const TopKRule& rule = gate.rule;
+      const TopKRule& r = gate.rule;
       const Score* const logits = state.logits.row(t);
       const Score* const p = state.p.row(t);
       std::int32_t* const ids = state.ids.row(t);
-      const bool biased = gate.selection_bias.data != nullptr, soft = rule.scoring == Scoring::softmax;
+      const bool biased = call.selection_bias.data != nullptr, soft = r.scoring == Scoring::softmax;
       detail::select_top_k(
           E, k,
           [&](Index e) {
             if (!biased) return static_cast<float>(logits[e]);
-            return static_cast<float>(soft ? p[e] : detail::sigmoid(logits[e])) + gate.selection_bias[e];
+            return static_cast<float>(soft ? p[e] : detail::sigmoid(logits[e])) + call.selection_bias[e];
           },
           ids);
       Index kept = k;
-      if (rule.top_p > 0) {
+      if (r.top_p > 0) {
         Score sum = Score(0);
-        for (kept = 0; kept < k && !(sum >= Score(rule.top_p)); ++kept) sum += p[ids[kept]];
+        for (kept = 0; kept < k && !(sum >= Score(r.top_p)); ++kept) sum += p[ids[kept]];
       }
       bool broken = false;  // a NaN logit anywhere
       for (Index e = 0; e < E; ++e) broken = broken || !(logits[e] == logits[e]);
@@ -228,8 +239,8 @@ struct TopKGate {
       for (Index s = 0; s < kept; ++s) sum += gate.score(logits, p, ids[s]);
       for (Index s = 0; s < k; ++s) {
         Score weight = s < kept ? gate.score(logits, p, ids[s]) : Score(0);
-        if (rule.renormalise) weight = sum == Score(0) ? Score(0) : weight / sum;
-        state.weights(t, s) = broken ? logits[0] * Score(NAN) : weight * Score(rule.route_scale);
+        if (r.renormalise) weight = sum == Score(0) ? Score(0) : weight / sum;
+        state.weights(t, s) = broken ? logits[0] * Score(NAN) : weight * Score(r.route_scale);
         if (s >= kept) ids[s] = -1;
         state.chosen(t, s) = ids[s];
       }
@@ -251,17 +262,17 @@ struct TopKGate {
     template <Team Tm>
     LORAMIX_HD void operator()(const Tm& team, Index t) const {
       const Index E = gate.experts();
-      const TopKRule& rule = gate.rule;
+      const TopKRule& r = gate.rule;
       const Score* const p = state.p.row(t);
       Score* const dscore = dstate.p.row(t);  // of p, or of σ
       Score* const dlogits = dstate.logits.row(t);
       team.once([&] { choice(t, E); });  // dscore from the weights
-      if (rule.scoring == Scoring::softmax) {
+      if (r.scoring == Scoring::softmax) {
         team.each(E, [&](Index e) {
           if (state.dp.data != nullptr) dscore[e] += state.dp(t, e);
           dlogits[e] = Score(0);
         });
-        detail::softmax_backward_row(team, E, p, dscore, Score(rule.temperature), dlogits);
+        detail::softmax_backward_row(team, E, p, dscore, Score(r.temperature), dlogits);
       } else {
         const Score* const logits = state.logits.row(t);
         const Score sum = team.sum(E, [&](Index e) { return detail::sigmoid(logits[e]); });
@@ -276,7 +287,7 @@ struct TopKGate {
       team.each(E, [&](Index e) {
         if (state.dlogits.data != nullptr) dlogits[e] += state.dlogits(t, e);
         dh(t, e) += dlogits[e];
-        if (rule.noise && call.key.on) {
+        if (r.noise && call.key.on) {
           dh(t, E + e) += dlogits[e] * gate.noise_of(call, t, e) * detail::sigmoid(h(t, E + e));
         }
       });
@@ -287,21 +298,22 @@ struct TopKGate {
     LORAMIX_HD void choice(Index t, Index E) const {
       const Score* const logits = state.logits.row(t);
       const Score* const p = state.p.row(t);
-      const TopKRule& rule = gate.rule;
+      const TopKRule& r = gate.rule;
       for (Index e = 0; e < E; ++e) dstate.p(t, e) = Score(0);
       Score sum = Score(0), inner = Score(0);
-      for (Index s = 0; s < rule.k; ++s) {
-        const Index e = state.chosen(t, s);
-        if (e < 0) continue;
-        sum += gate.score(logits, p, e);
-        inner += dstate.weights(t, s) * state.weights(t, s);
+      for (Index s = 0; s < r.k; ++s) {
+        if (state.chosen(t, s) >= 0) sum += gate.score(logits, p, state.chosen(t, s));
       }
-      if (rule.renormalise && sum == Score(0)) return;
-      for (Index s = 0; s < rule.k; ++s) {
+      if (r.renormalise && sum == Score(0)) return;
+      for (Index s = 0; r.renormalise && s < r.k; ++s) {
+        const Index e = state.chosen(t, s);
+        if (e >= 0) inner += dstate.weights(t, s) * (gate.score(logits, p, e) / sum);
+      }
+      for (Index s = 0; s < r.k; ++s) {  // one choice: exactly dg − dg·1 = 0
         const Index e = state.chosen(t, s);
         if (e < 0) continue;
-        const Score slope = Score(rule.route_scale) * dstate.weights(t, s);
-        dstate.p(t, e) = rule.renormalise ? (slope - inner) / sum : slope;
+        const Score slope = r.renormalise ? (dstate.weights(t, s) - inner) / sum : dstate.weights(t, s);
+        dstate.p(t, e) = Score(r.route_scale) * slope;
       }
     }
   };
@@ -330,8 +342,7 @@ struct TopKGate {
           if (!wants(i, e)) return;
           Index ahead = 0;
           for (Index j = 0; j < call.tokens * k; ++j) {
-            const Score mine = state.weights(i / k, i % k), other = state.weights(j / k, j % k);
-            ahead += wants(j, e) && (other > mine || (other == mine && j < i)) ? 1 : 0;
+            ahead += wants(j, e) && before(j, i) ? 1 : 0;
           }
           if (ahead >= places) state.ids(i / k, i % k) = -1;
         });
@@ -342,6 +353,13 @@ struct TopKGate {
     LORAMIX_HD bool wants(Index i, Index e) const {
       const Index k = gate.rule.k;
       return state.chosen(i / k, i % k) == e && call.batch.is_valid(i / k);
+    }
+    /// Whether choice j has the larger weight, or came first; NaN last.
+    LORAMIX_HD bool before(Index j, Index i) const {
+      const Index k = gate.rule.k;
+      const Score a = state.weights(j / k, j % k), b = state.weights(i / k, i % k);
+      if (a == a && b == b && a != b) return a > b;
+      return (a == a) != (b == b) ? a == a : j < i;
     }
   };
 };
