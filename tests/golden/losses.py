@@ -84,7 +84,7 @@ def shapley_loss(logits, values, rows, tau=1.0):
     """Mean over valid tokens of KL(softmax(φ̂/τ_S) ‖ softmax(S(x))), φ̂ = φ divided by its deviation over experts."""
     total = 0
     for t in rows:
-        phi = values[t] / values[t].std(unbiased=False)
+        phi = values[t] / values[t].std()  # unbiased, as the variance in CV²
         want = softmax(phi / tau, dim=0).detach()
         total = total + (want * (want.log() - torch.log_softmax(logits[t], 0))).sum()
     return total / len(rows)

@@ -145,7 +145,7 @@ def more():
     x, dy, mask = batch(t)
     t.add("tasks", tasks)
     p = t.leaves(lora_A__weight=inputs("more A", top, D), lora_B__weight=inputs("more B", O, top),
-                 task_embedding__weight=inputs("more e", 3, D), gate__weight=inputs("more gate", top, D),
+                 task_embedding__weight=inputs("more e3", 3, D), gate__weight=inputs("more gate", top, D),
                  gate__bias=inputs("more bias", 1, top))
     t.add("ranks", ad.ranks_of(p))
     p["x"] = x
