@@ -253,7 +253,7 @@ TEST_CASE("between the 16-bit formats, and to themselves") {
   CHECK(lm::narrow<double>(0.1f) == static_cast<double>(0.1f));
 }
 
-#if defined(__FLT16_MANT_DIG__) && (!defined(__clang__) || __clang_major__ >= 15)
+#if defined(__FLT16_MANT_DIG__) && defined(__SSE2__) && (!defined(__clang__) || __clang_major__ >= 15)
 TEST_CASE("half agrees with the compiler's _Float16") {
   std::mt19937_64 random(loramix_test::seed(2));
   std::uniform_int_distribution<int> exponent(-30, 18);

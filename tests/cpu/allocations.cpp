@@ -1,7 +1,6 @@
 // No op of the library allocates: malloc and its relatives are counted in this program, on every thread.
 #include <doctest/doctest.h>
 
-#include <atomic>
 #include <cstddef>
 #include <cstdlib>
 #include <string>
@@ -13,59 +12,8 @@
 
 #include "conformance/gates.hpp"
 #include "cpu/on_host.hpp"
+#include "support/allocations.hpp"
 #include "support/seed.hpp"
-
-namespace {
-std::atomic<long> allocations{0};
-}
-
-// Sanitizers bring a malloc of their own; theirs is asked to tell.
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define LORAMIX_TEST_SANITIZED 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer) || __has_feature(memory_sanitizer)
-#define LORAMIX_TEST_SANITIZED 1
-#endif
-#endif
-
-#if defined(LORAMIX_TEST_SANITIZED)
-extern "C" int __sanitizer_install_malloc_and_free_hooks(void (*)(const volatile void*, std::size_t),
-                                                         void (*)(const volatile void*));
-namespace {
-void count_malloc(const volatile void*, std::size_t) { allocations.fetch_add(1, std::memory_order_relaxed); }
-void ignore_free(const volatile void*) {}
-const int installed = __sanitizer_install_malloc_and_free_hooks(count_malloc, ignore_free);
-}  // namespace
-#else
-extern "C" {
-void* __libc_malloc(std::size_t);
-void* __libc_calloc(std::size_t, std::size_t);
-void* __libc_realloc(void*, std::size_t);
-void* __libc_memalign(std::size_t, std::size_t);
-
-void* malloc(std::size_t n) {
-  allocations.fetch_add(1, std::memory_order_relaxed);
-  return __libc_malloc(n);
-}
-void* calloc(std::size_t n, std::size_t size) {
-  allocations.fetch_add(1, std::memory_order_relaxed);
-  return __libc_calloc(n, size);
-}
-void* realloc(void* p, std::size_t n) {
-  allocations.fetch_add(1, std::memory_order_relaxed);
-  return __libc_realloc(p, n);
-}
-void* memalign(std::size_t alignment, std::size_t n) {
-  allocations.fetch_add(1, std::memory_order_relaxed);
-  return __libc_memalign(alignment, n);
-}
-void* aligned_alloc(std::size_t alignment, std::size_t n) { return memalign(alignment, n); }
-int posix_memalign(void** out, std::size_t alignment, std::size_t n) {
-  *out = memalign(alignment, n);
-  return *out == nullptr ? 12 : 0;
-}
-}
-#endif
 
 using namespace loramix_test;
 
@@ -107,18 +55,18 @@ long allocations_of(const E& executor, const GateSpec& spec) {
     lm::execute(be, shrink_backward, scratch.arena());
   };
   step();
-  const long before = allocations.load();
+  const long before = allocations();
   step();
-  return allocations.load() - before;
+  return allocations() - before;
 }
 
 }  // namespace
 
 TEST_CASE("the counter counts") {
-  const long before = allocations.load();
+  const long before = allocations();
   auto* volatile p = new std::string(100, 'x');
   delete p;
-  CHECK(allocations.load() - before >= 2);
+  CHECK(allocations() - before >= 2);
 }
 
 TEST_CASE_TEMPLATE("no op allocates", T, float, double, lm::bfloat16) {

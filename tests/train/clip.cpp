@@ -5,7 +5,7 @@
 #include <loramix/train/clip.hpp>
 
 #include "core/caught.hpp"
-#include "train/allocations.hpp"
+#include "support/allocations.hpp"
 #include "train/support.hpp"
 
 using namespace loramix_test;

@@ -3,7 +3,7 @@
 #include <loramix/train/sgd.hpp>
 
 #include "core/caught.hpp"
-#include "train/allocations.hpp"
+#include "support/allocations.hpp"
 #include "train/support.hpp"
 
 using namespace loramix_test;
