@@ -140,15 +140,7 @@ struct RankSelectorGate {
     }
   }
 
- private:
-  LORAMIX_HD Score law_of(Index count) const {
-    return rule.law == RankLaw::paper_linear ? Score(count) / Score(ranks()) : Score(1);
-  }
-  /// Whether rank j's score is one of those that the multiplier m of a task is made of.
-  LORAMIX_HD bool is_chosen(const State& state, Index task, Index j) const {
-    return rule.choice == RankChoice::subset ? state.open(task, j) != 0 : state.chosen(task, 0) == j;
-  }
-
+  // Row bodies; public, for nvcc takes no private type as a kernel's argument.
   struct Forward {
     RankSelectorGate gate;
     State state;
@@ -215,6 +207,15 @@ struct RankSelectorGate {
                                    dstate.logits.row(task));
     }
   };
+
+ private:
+  LORAMIX_HD Score law_of(Index count) const {
+    return rule.law == RankLaw::paper_linear ? Score(count) / Score(ranks()) : Score(1);
+  }
+  /// Whether rank j's score is one of those that the multiplier m of a task is made of.
+  LORAMIX_HD bool is_chosen(const State& state, Index task, Index j) const {
+    return rule.choice == RankChoice::subset ? state.open(task, j) != 0 : state.chosen(task, 0) == j;
+  }
 };
 
 }  // namespace LORAMIX_ABI

@@ -145,7 +145,7 @@ struct TaskSoftmaxGate {
     }
   }
 
- private:
+  // Row bodies; public, for nvcc takes no private type as a kernel's argument.
   struct Forward {
     TaskSoftmaxGate gate;
     State state;

@@ -1,0 +1,103 @@
+/// A new task for a trained MoRE: its embedding alone is trained, then it joins the others.
+///
+/// Computes:    new_task: an adapter of one task with the old A, B and selector, whose embedding is fresh ~ N(0, 0.01²) or
+///              Σ a_i e_i with Σ a_i = 1; only_new_task(): the rules by which an optimiser moves nothing but it;
+///              append_task: all old tasks and the new one.
+/// Source:      MATH.md section 4 (MoRE, few-shot task).
+/// Parameters:  more: any MoRE on the host; a [tasks].
+/// Errors:      a of another size, or with a sum that is not 1 (to 1e-6); adapters of different configuration.
+/// Cost:        a copy of the parameters.
+/// Determinism: old tasks' parameters, ranks and outputs stay bit-identical.
+/// Example:     tests/train/few_shot.cpp
+#pragma once
+#include <cmath>
+#include <cstdio>
+#include <span>
+#include <vector>
+
+#include <loramix/adapter/initialise.hpp>
+#include <loramix/adapter/more.hpp>
+#include <loramix/train/groups.hpp>
+
+namespace loramix {
+inline namespace LORAMIX_ABI {
+
+namespace detail {
+
+template <class T>
+void copy_values(MatrixView<const T> from, MatrixView<T> to) {
+  for (Index i = 0; i < to.rows; ++i) {
+    for (Index j = 0; j < to.cols; ++j) to(i, j) = from(i, j);
+  }
+}
+
+/// `more` for `tasks` tasks; embeddings are zero.
+template <class P, class T>
+More<P, Space::host, T> with_tasks(const More<P, Space::host, T>& more, Index tasks) {
+  auto config = more.config();
+  config.tasks = tasks;
+  More<P, Space::host, T> other(config);
+  copy_values<T>(more.A(), other.A());
+  copy_values<T>(more.B().transposed(), other.B().transposed());
+  const auto from = more.gate().scorer;
+  const auto to = other.gate().scorer;
+  copy_values<T>(from.projection, to.projection);
+  copy_values<T>(from.bias, to.bias);
+  return other;
+}
+
+}  // namespace detail
+
+/// A fresh embedding.
+template <class P, class T>
+More<P, Space::host, T> new_task(const More<P, Space::host, T>& more, const InitialiseOptions& options) {
+  auto one = detail::with_tasks(more, 1);
+  Fill(options).normal("task_embedding.weight", one.gate().scorer.embedding, 0.01 * 0.01);
+  return one;
+}
+
+/// An embedding between those of known tasks.
+template <class P, class T>
+More<P, Space::host, T> new_task(const More<P, Space::host, T>& more, std::span<const double> a) {
+  check::same("new_task", "a", "size", static_cast<Index>(a.size()), "the number of tasks", more.config().tasks);
+  double sum = 0;
+  for (const double weight : a) sum += weight;
+  if (!(std::fabs(sum - 1) <= 1e-6)) {
+    char text[32];
+    std::snprintf(text, sizeof text, "%g", sum);
+    fail(check::detail::about(ErrorCode::value, "new_task", "a") << " sums to " << text << ", must sum to 1");
+  }
+  auto one = detail::with_tasks(more, 1);
+  const auto from = more.gate().scorer.embedding;
+  const auto to = one.gate().scorer.embedding;
+  for (Index c = 0; c < to.cols; ++c) {
+    double value = 0;
+    for (Index i = 0; i < from.rows; ++i) value += a[static_cast<std::size_t>(i)] * widen<double>(from(i, c));
+    to(0, c) = narrow<T>(value);
+  }
+  return one;
+}
+
+/// Everything but the embedding is frozen: AdamW(one, {…, .groups = only_new_task()}).
+inline std::vector<GroupRule> only_new_task() {
+  return {{"A", {.frozen = true}}, {"B", {.frozen = true}}, {"router", {.frozen = true}}, {"bias", {.frozen = true}}};
+}
+
+/// `more` with the task that `one` was trained on as its last.
+template <class P, class T>
+More<P, Space::host, T> append_task(const More<P, Space::host, T>& more, const More<P, Space::host, T>& one) {
+  check::same("append_task", "the new adapter", "tasks", one.config().tasks, "one task", 1);
+  check::same("append_task", "the new adapter", "d_in", one.config().d_in, "the old one's", more.config().d_in);
+  check::same("append_task", "the new adapter", "rank", one.config().rank, "the old one's", more.config().rank);
+  const Index old = more.config().tasks;
+  auto all = detail::with_tasks(more, old + 1);
+  const auto to = all.gate().scorer.embedding;
+  const auto from = one.gate().scorer.embedding;
+  check::same("append_task", "the embedding", "size", from.cols, "the old ones'", to.cols);
+  detail::copy_values<T>(more.gate().scorer.embedding, to.row_range(0, old));
+  detail::copy_values<T>(from, to.row_range(old, 1));
+  return all;
+}
+
+}  // namespace LORAMIX_ABI
+}  // namespace loramix
