@@ -20,9 +20,10 @@ struct NoLoss {
   void operator()(const Saved&) const {}
 };
 
-/// `loss` may add to what forward saved before backward runs.
-template <class A, class Loss = NoLoss>
-void check_adapter(const Table& table, const typename A::Config& config, const Case& one, Loss&& loss = {}) {
+/// `loss` may add to what forward saved before backward runs; `base` is what a forward beside a frozen weight takes.
+template <class A, class Loss = NoLoss, class... Base>
+void check_adapter(const Table& table, const typename A::Config& config, const Case& one, Loss&& loss = {},
+                   const Base&... base) {
   const std::string& variant = one.variant;
   CAPTURE(variant);
   const lm::cpu::Backend<> be;
@@ -47,10 +48,10 @@ void check_adapter(const Table& table, const typename A::Config& config, const C
   options.save = &reserve;
   options.key = one.draws ? key : lm::no_draws;
   options.dropout_off = !one.draws;
-  auto saved = forward(be, adapter, x.view(), y.view(), arena(work), options);
+  auto saved = forward(be, adapter, base..., x.view(), y.view(), arena(work), options);
   loss(saved);
   auto gradient = zeros_like(adapter);
-  backward(be, adapter, saved, x.view(), dy.view(), dx.view(), gradient, arena(work));
+  backward(be, adapter, base..., saved, x.view(), dy.view(), dx.view(), gradient, arena(work));
 
   check("y", y.view(), table[variant + "/y"]);
   if (table.has(variant + "/d.x")) check("dx", dx.view(), table[variant + "/d.x"]);
