@@ -263,6 +263,7 @@ struct Saved {
   MatrixView<typename Types::Score, A::space> dh;  // [T, n] their gradient from elsewhere: losses add to it
   typename Types::State state{};                   // a computed gate's values
   GateCall<A::space> call;                         // what the batch said
+  Scores<typename Types::Score, A::space> scores;  // a router's: what losses and telemetry take
   const void* owner = nullptr;                     // parameters this belongs to
   std::uint64_t weights = 0;                       // checksum, in debug builds
   bool live = false;
@@ -396,6 +397,19 @@ Dropout begin_forward(const Backend& be, const A& adapter, X x, const Arena<A::s
   return dropout;
 }
 
+/// A router's scores, where it has any; rows that are tokens get the batch's mask.
+template <class Gate, class Saved>
+auto scores_of(const Gate& gate, const Saved& saved) {
+  decltype(saved.scores) scores;
+  if constexpr (requires { gate.scores(saved.state, saved.h, saved.dh, saved.call); }) {
+    scores = gate.scores(saved.state, saved.h, saved.dh, saved.call);
+  } else if constexpr (requires { gate.scores(saved.state, saved.h, saved.dh); }) {
+    scores = gate.scores(saved.state, saved.h, saved.dh);
+  }
+  if (scores.by_token && scores.logits.rows == saved.tokens) scores.valid = saved.call.batch.valid;
+  return scores;
+}
+
 template <class A, class Saved>
 void mark_live(const A& adapter, Saved& saved) {
   saved.owner = adapter.parameters().data;
@@ -478,6 +492,7 @@ Saved<A> forward(const Backend& be, const A& adapter, MatrixView<const typename 
   if (!save) return {};
   *options.save = reserve;
   saved.dropout = dropout;
+  if constexpr (T::computed) saved.scores = detail::scores_of(gate, saved);
   detail::mark_live(adapter, saved);
   return saved;
 }

@@ -55,6 +55,8 @@ struct Scores {
   MatrixView<const std::int32_t, S> ids{};     // [rows, k] what was chosen, −1 = none; empty: dense
   MatrixView<const Score, S> weights{};        // [rows, k] or [rows, E]: what the product was gated with
   MatrixView<const std::int32_t, S> chosen{};  // [rows, k] what was chosen before capacity dropped some
+  VectorView<const std::uint8_t, S> valid{};   // [rows] 0 = does not count; empty: all do
+  bool by_token = true;                        // rows are tokens: forward fills `valid` with the batch's
 };
 
 /// A gate whose values a router computes.
