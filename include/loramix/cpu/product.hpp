@@ -308,6 +308,17 @@ void apply_gate(const Backend<E>& be, MatrixView<const Acc> u, const GateForm<Sc
   execute_impl(be, Rows<Body, Space::host>{u.rows, {u, gate, gated}}, Arena<>{});
   fill_zero(gated.data + u.rows * gated.stride, (gated.rows - u.rows) * gated.stride);
 }
+/// Whether the gate says "no expert" for token t: its row of y needs no write.
+template <class Score>
+bool nothing_open(const GateForm<Score>& gate, Index t) {
+  if (gate.ids.data == nullptr) return false;
+  const Index group = gate.id_groups.of(t);
+  if (group < 0) return true;
+  for (Index k = 0; k < gate.ids.cols; ++k) {
+    if (gate.ids(group, k) >= 0) return false;
+  }
+  return true;
+}
 }  // namespace detail
 
 template <class E, class Acc, class W, class Y, class Score, Major M>
@@ -337,6 +348,7 @@ void execute_impl(const Backend<E>& be, const Expand<Acc, W, Y, Score, Space::ho
                                                  block.stride, lane.tile, tile_cols, packing);
       }
       for (Index i = 0; i < smaller(tile_rows, tokens - t); ++i) {
+        if (op.into == Into::add && nothing_open(op.gate, t + i)) continue;
         Y* const row = op.y.row(t + i) + c;
         const Acc* const sum = lane.tile + i * tile_cols;
         for (Index j = 0; j < n; ++j) {
