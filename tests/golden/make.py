@@ -291,7 +291,7 @@ def small_methods():
 def loss_values():
     t, rows, experts = table("losses"), 7, 4
     logits = t.add("logits", inputs("loss logits", rows, experts, scale=2.0))
-    valid = t.add("valid", [1, 1, 0, 1, 1, 0, 1]).tolist()
+    valid = t.add("valid", [0, 1, 1, 1, 1, 0, 1]).tolist()
     good = [i for i in range(rows) if valid[i]]
     sequences, types = [(0, 3), (3, 5), (5, 7)], [1, 0, 1]
     t.add("offsets", [0, 3, 5, 7])
@@ -338,6 +338,18 @@ def loss_values():
     t.add("contrastive/value", value)
     t.add("contrastive/d.h", h.grad)
     t.add("contrastive/d.e", e.grad)
+    # Of sequences: h is the first valid token, or the mean of the valid ones.
+    x, labels = t.add("contrastive/x", inputs("contrastive x", rows, D)), [2, 0, 0]
+    t.add("contrastive/sequence_labels", labels)
+    for name in ("first", "mean"):
+        x_leaf, e_leaf = x.clone().requires_grad_(), e.detach().clone().requires_grad_()
+        inside = [[i for i in range(begin, end) if valid[i]] for begin, end in sequences]
+        h = torch.stack([x_leaf[tokens[0]] if name == "first" else x_leaf[tokens].mean(dim=0) for tokens in inside])
+        value = losses.contrastive(h, e_leaf, labels)
+        value.backward()
+        t.add(f"contrastive_{name}/value", value)
+        t.add(f"contrastive_{name}/d.x", x_leaf.grad)
+        t.add(f"contrastive_{name}/d.e", e_leaf.grad)
 
 
 def shapley():
