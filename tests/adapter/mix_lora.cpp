@@ -12,7 +12,6 @@
 #include <loramix/adapter/mix_lora_forward.hpp>
 #include <loramix/core/thread_pool.hpp>
 #include <loramix/cpu/cpu.hpp>
-#include <loramix/cpu/mixlora.hpp>
 #include <loramix/train/gradient_check.hpp>
 
 #include "core/caught.hpp"
@@ -41,6 +40,11 @@ lm::MixLoraConfig config(Index experts, Index k, double dropout = 0.5) {
           .dropout = dropout,
           .rule = {.k = k}};
 }
+
+struct Experts {
+  Index experts, k;
+};
+constexpr Experts experts_and_k[] = {{5, 1}, {5, 2}, {5, 5}, {1, 1}};
 
 class Random {
  public:
@@ -236,10 +240,10 @@ bool same_parameters(const A& a, const A& b) {
 
 TEST_CASE("the block is the materialised feed-forward network, with and without dropout") {
   for (const double dropout : {0.0, 0.5}) {
-    for (const auto& [experts, k] : {std::pair<Index, Index>{5, 1}, {5, 2}, {5, 5}, {1, 1}}) {
+    for (const Experts of : experts_and_k) {
       CAPTURE(dropout);
-      CAPTURE(k);
-      Engine engine(config(experts, k, dropout), 11);
+      CAPTURE(of.k);
+      Engine engine(config(of.experts, of.k, dropout), 11);
       engine.forward(lm::cpu::Backend{});
       check_close(engine.y, engine.literal_y());
     }
@@ -256,10 +260,10 @@ TEST_CASE("tiles and blocks of columns: more than one of each") {
 }
 
 TEST_CASE("all gradients against finite differences, dropout 0.5") {
-  for (const auto& [experts, k] : {std::pair<Index, Index>{5, 1}, {5, 2}, {5, 5}, {1, 1}}) {
-    CAPTURE(experts);
-    CAPTURE(k);
-    Engine engine(config(experts, k), 6, 3);
+  for (const Experts of : experts_and_k) {
+    CAPTURE(of.experts);
+    CAPTURE(of.k);
+    Engine engine(config(of.experts, of.k), 6, 3);
     const lm::cpu::Backend be;
     engine.step(be);
     const auto flat = [](Real& m) { return lm::VectorView<double>(m.data(), m.rows() * m.cols()); };
@@ -281,7 +285,7 @@ TEST_CASE("all gradients against finite differences, dropout 0.5") {
     });
     CHECK_MESSAGE(report.ok(), report.text());
     for (const auto& tensor : report.tensors) {
-      const bool no_router = k == 1 && tensor.name == "moe_gate.weight";
+      const bool no_router = of.k == 1 && tensor.name == "moe_gate.weight";
       CHECK_MESSAGE((tensor.norm > 0) == !no_router, tensor.name);
     }
   }

@@ -3,6 +3,7 @@
 #include <loramix/gpu/adapter.cuh>
 #include <loramix/gpu/backend.cuh>
 #include <loramix/gpu/buffer.cuh>
+#include <loramix/gpu/mixlora.cuh>
 #include <loramix/gpu/product.cuh>
 #include <loramix/gpu/rows.cuh>
 #include <loramix/gpu/status.cuh>
