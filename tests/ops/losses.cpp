@@ -10,6 +10,7 @@
 #include <vector>
 
 #include <loramix/adapter/lora_moe.hpp>
+#include <loramix/adapter/moe_lora.hpp>
 #include <loramix/adapter/mola.hpp>
 #include <loramix/adapter/team_lora.hpp>
 #include <loramix/core/thread_pool.hpp>
@@ -615,4 +616,21 @@ TEST_CASE("TeamLoRA with the CV² of its importance") {
       {.experts = 3, .rank = 2, .hidden = 6}, [](const auto& saved, lm::Arena<> work) {
         return 4 * lm::balance_loss(be, saved, {.form = lm::Balance::importance_cv2, .weight = 4}, work);
       });
+}
+
+TEST_CASE("peer defect: padding counted, of another axis; as many tasks as tokens, and no token mask on tasks") {
+  using A = lm::MoeLora<double>;
+  A adapter({.d_in = 3, .d_out = 2, .tasks = 4, .experts = 2, .rank = 2, .embedding = 3});
+  lm::Matrix<double> x(4, 3), y(4, 2);
+  const std::vector<std::int32_t> task{0, 1, 2, 3};
+  const std::vector<std::uint8_t> valid{1, 0, 0, 1};
+  std::vector<std::byte> kept(static_cast<std::size_t>(lm::reserve_bytes(adapter, 4))),
+      scratch(static_cast<std::size_t>(lm::workspace_bytes(be, adapter, 4)));
+  lm::Arena<> reserve{kept};
+  const auto saved =
+      lm::forward(be, adapter, x, y, lm::Arena<>{scratch},
+                  {.save = &reserve, .tasks = lm::Groups<>::by_id(task.data(), 4), .valid = view(valid)});
+  CHECK(saved.scores.logits.rows == 4);
+  CHECK(saved.scores.valid.empty());
+  CHECK(saved.call.batch.valid.data == valid.data());
 }

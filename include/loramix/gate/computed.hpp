@@ -8,7 +8,8 @@
 ///                                         losses add (State::dp, dlogits)
 ///     form(state, call, ranks)            the normal form: views of the State
 ///     gradient(dstate)                    where the form's gradient goes: views of a State that holds gradients
-///     scores(state, h, dh)                a Scores: logits and probabilities for losses and telemetry
+///     scores(state, h, dh) or (…, call)   a Scores: logits and probabilities for losses and telemetry; by_token false
+///                                         where rows are sequences or tasks
 ///   and, row by row,
 ///     forward_row(team, t, h, state)
 ///     backward_row(team, t, h, state, dstate, dh)      dh: row t of the gradient of h, added to

@@ -111,7 +111,8 @@ struct RankSelectorGate {
             .dp = state.dp,
             .ids = state.chosen,
             .weights = {state.multiplier.data, state.multiplier.size, 1},
-            .chosen = state.chosen};
+            .chosen = state.chosen,
+            .by_token = false};
   }
 
   /// r_τ of one task, as the next forward without draws will choose it. Allocates.

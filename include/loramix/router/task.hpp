@@ -128,8 +128,12 @@ struct TaskSoftmaxGate {
   GateGradient<Score, S> gradient(const State& state) const { return {.weights = state.weights}; }
   /// Rows are tasks.
   Scores<Score, S> scores(const State& state, MatrixView<Score, S>, MatrixView<Score, S>) const {
-    return {
-        .logits = state.logits, .p = state.weights, .dlogits = state.dlogits, .dp = state.dp, .weights = state.weights};
+    return {.logits = state.logits,
+            .p = state.weights,
+            .dlogits = state.dlogits,
+            .dp = state.dp,
+            .weights = state.weights,
+            .by_token = false};
   }
 
   template <class Backend>
