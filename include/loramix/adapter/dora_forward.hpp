@@ -1,0 +1,350 @@
+/// Forward, backward and merge of DoRA beside a frozen weight.
+///
+/// Computes:    y (+)= ΔY of adapter/dora.hpp, and its gradients with n constant: dm = Σ_t dY ∘ (X Wᵀ + s X̂AᵀBᵀ) / n;
+///              dA, dB and dX of (m/n) ∘ dY through the low-rank part, and dX of (m/n − 1) ∘ dY through W.
+/// Source:      MATH.md section 4. With `in_y` the engine's own X Wᵀ (before its bias) stands in y: y ← (m/n) ∘ (y +
+///              …), no second product with W. Where backward is then given `passed`, it gets (m/n) ∘ dY, the gradient
+///              of X Wᵀ for the engine's own backward, and dX holds the low-rank part alone; otherwise the engine adds
+///              dY W as always.
+/// Reads:       parameters, W [d_out, d_in], squares [d_out], x [T, d_in], backward also dy [T, d_out].
+/// Adds to:     y [T, d_out], dx [T, d_in], the gradient; Into::set assigns. Writes passed [T, d_out].
+/// Errors:      as in adapter/forward.hpp, before any write; in_y with Into::set, or with drop_base while dropout is
+///              on.
+/// Cost:        adapter.cost(T), dora_norms; 2·T·d_in·d_out flop each way where W is multiplied here.
+/// Determinism: ADR 0005. With B = 0 and m = ‖W‖ by row (start_magnitude) ΔY is 0 bit for bit.
+/// Example:     tests/adapter/dora.cpp
+#pragma once
+#include <loramix/adapter/dora.hpp>
+#include <loramix/adapter/forward.hpp>
+#include <loramix/adapter/merge_rows.hpp>
+#include <loramix/ops/output_scale.hpp>
+#include <loramix/ops/row_norm.hpp>
+
+namespace loramix {
+inline namespace LORAMIX_ABI {
+
+template <class A>
+inline constexpr bool is_dora = false;
+template <class P, Space S, class T>
+inline constexpr bool is_dora<Dora<P, S, T>> = true;
+
+/// A Dora of any precision, space and element.
+template <class A>
+concept DoraAdapter = is_dora<A>;
+
+/// The frozen layer, in the activations' type.
+template <DoraAdapter A>
+struct DoraBase {
+  using X = typename A::precision::activation;
+  MatrixView<const X, A::space> weights;                                      // [d_out, d_in]
+  VectorView<const typename A::precision::accumulation, A::space> squares{};  // [d_out] of row_squares()
+  bool in_y = false;                                                          // y holds X Wᵀ
+  MatrixView<X, A::space> passed{};                                           // [T, d_out] backward, with in_y
+};
+
+/// What forward leaves for backward.
+template <DoraAdapter A>
+struct DoraSaved {
+  using Acc = typename A::precision::accumulation;
+  Index tokens = 0;
+  Dropout dropout;
+  VectorView<Acc, A::space> ratio;    // [d_out] m/n
+  VectorView<Acc, A::space> inverse;  // [d_out] 1/n, 0 where n is
+  MatrixView<Acc, A::space> u;        // [T, r]; empty with Keep::recompute, and so is sum
+  MatrixView<Acc, A::space> sum;      // [T, d_out] X Wᵀ + s X̂AᵀBᵀ
+  bool in_y = false;
+  const void* owner = nullptr;
+  std::uint64_t weights = 0;
+  bool live = false;
+};
+
+namespace detail {
+
+/// Row body: m/n and 1/n; `inverse` holds n before.
+template <class T, class Acc, Space S>
+struct DoraRatio {
+  MatrixView<const T, S> magnitude;  // [1, d_out]
+  VectorView<Acc, S> ratio, inverse;
+  template <Team Tm>
+  LORAMIX_HD void operator()(const Tm& team, Index i) const {
+    team.once([&] {
+      const Acc n = inverse[i];
+      inverse[i] = n == Acc(0) ? Acc(0) : Acc(1) / n;
+      ratio[i] = n == Acc(0) ? Acc(0) : widen<Acc>(magnitude(0, i)) / n;
+    });
+  }
+};
+/// Row body: m = √squares.
+template <class T, class Acc, Space S>
+struct DoraStart {
+  VectorView<const Acc, S> squares;
+  MatrixView<T, S> magnitude;
+  template <Team Tm>
+  LORAMIX_HD void operator()(const Tm& team, Index i) const {
+    using std::sqrt;
+    team.once([&] { magnitude(0, i) = narrow<T>(sqrt(squares[i])); });
+  }
+};
+
+/// The ops that DoRA is made of.
+template <DoraAdapter A>
+struct DoraOps {
+  using P = typename A::precision;
+  using X = typename P::activation;
+  using Acc = typename P::accumulation;
+  using W = typename A::element;
+  using G = typename P::gradient;
+  static constexpr Space space = A::space;
+  using View = MatrixView<const X, space>;
+  using Sum = MatrixView<Acc, space>;
+  using ShrinkOp = Shrink<X, W, Acc, Acc, space>;
+  using BaseOp = Shrink<X, X, Acc, Acc, space>;
+  using ExpandOp = Expand<Acc, W, Acc, Acc, space, Major::column>;
+  using ShrinkBackwardOp = ShrinkBackward<X, W, Acc, Acc, G, space>;
+  using BaseBackwardOp = ShrinkBackward<X, X, Acc, Acc, G, space>;
+  using ExpandBackwardOp = ExpandBackward<Acc, W, Acc, Acc, G, space, Major::column>;
+  using NormsOp = DoraNorms<X, W, Acc, space>;
+  template <class In>
+  using ScaleOp = OutputScale<In, Acc, Acc, X, space>;
+  template <class Passed>
+  using ScaleBackwardOp = OutputScaleBackward<Acc, Acc, X, Passed, space>;
+
+  static OpenGate<Acc, space> gate() { return {}; }
+  static Dropout base_dropout(const A& a, Dropout dropout) { return a.config().drop_base ? dropout : Dropout{}; }
+  static View sized(Index rows, Index cols) { return {nullptr, rows, cols}; }
+  static NormsOp norms(const A& a, const DoraBase<A>& base, VectorView<Acc, space> out) {
+    return {base.weights, base.squares, a.A(), a.B(), Acc(a.scale()), out};
+  }
+  static ExpandOp expand(const A& a, MatrixView<const Acc, space> u, Sum low) {
+    return {u, gate().form(u.rows, a.config().rank), a.B(), Acc(a.scale()), low, Into::set};
+  }
+  static void check_base(const char* op, const A& a, const DoraBase<A>& base) {
+    check::shape(op, "W", base.weights, "d_out of the adapter", a.config().d_out, "d_in of the adapter",
+                 a.config().d_in);
+    check::view(op, "squares", base.squares);
+    check::same(op, "squares", "size", base.squares.size, "d_out of the adapter", a.config().d_out);
+  }
+};
+
+template <DoraAdapter A>
+DoraSaved<A> carve_saved(Arena<A::space>& arena, const A& a, Index tokens, bool with_u) {
+  using Acc = typename A::precision::accumulation;
+  DoraSaved<A> saved;
+  saved.tokens = tokens;
+  saved.ratio = arena.template vector<Acc>(a.config().d_out);
+  saved.inverse = arena.template vector<Acc>(a.config().d_out);
+  if (with_u) saved.u = arena.template matrix<Acc>(tokens, a.config().rank);
+  if (with_u) saved.sum = arena.template matrix<Acc>(tokens, a.config().d_out);
+  return saved;
+}
+
+}  // namespace detail
+
+/// m = ‖W‖ by row: where DoRA begins.
+template <class Backend, DoraAdapter A>
+void start_magnitude(const Backend& be, A& adapter, const DoraBase<A>& base) {
+  detail::DoraOps<A>::check_base("start_magnitude", adapter, base);
+  using Body = detail::DoraStart<typename A::element, typename A::precision::accumulation, A::space>;
+  for_rows<A::space>(be, adapter.config().d_out, Body{base.squares, adapter.magnitude()});
+}
+
+/// Bytes of reserve of a saving forward with at most `tokens` tokens.
+template <DoraAdapter A>
+Index reserve_bytes(const A& adapter, Index tokens, Keep keep = Keep::z) {
+  using Memory = Arena<A::space>;
+  return Memory::with_alignment(
+      carved_bytes<A::space>([&](Memory& arena) { detail::carve_saved(arena, adapter, tokens, keep == Keep::z); }));
+}
+
+/// Bytes of workspace of any call with at most `tokens` tokens, with or without in_y.
+template <class Backend, DoraAdapter A>
+Index workspace_bytes(const Backend& be, const A& adapter, Index tokens, Pass pass = Pass::forward) {
+  using Ops = detail::DoraOps<A>;
+  using Acc = typename Ops::Acc;
+  check::at_least("workspace_bytes", "tokens", tokens, 0);
+  const Index d_in = adapter.config().d_in, d_out = adapter.config().d_out, rank = adapter.config().rank;
+  const auto x = Ops::sized(tokens, d_in), w = Ops::sized(d_out, d_in);
+  Arena<A::space> counter = Arena<A::space>::counting();
+  if (pass == Pass::forward) {
+    detail::carve_saved(counter, adapter, tokens, true);
+  } else {
+    counter.template matrix<Acc>(tokens, rank);   // u, recomputed
+    counter.template matrix<Acc>(tokens, d_out);  // sum, recomputed
+    counter.template matrix<Acc>(tokens, rank);   // du
+  }
+  counter.template matrix<Acc>(tokens, d_out);  // the base product, or a scaled dy
+  counter.template matrix<Acc>(tokens, d_out);  // the low-rank part
+  const Dropout dropped{.p16 = 1};              // the larger size
+  const MatrixView<Acc, A::space> u{nullptr, tokens, rank}, y{nullptr, tokens, d_out};
+  Index stage = detail::largest({scratch_bytes(be, typename Ops::ShrinkOp{adapter.A(), {}, x, dropped, {}, {}}),
+                                 scratch_bytes(be, typename Ops::BaseOp{w, {}, x, dropped, {}, {}}),
+                                 scratch_bytes(be, Ops::expand(adapter, u, y)),
+                                 dora_norms_bytes(be, Ops::norms(adapter, {w}, {}))});
+  if (pass == Pass::backward) {
+    const auto open = Ops::gate().form(tokens, rank);
+    stage = detail::largest({stage, scratch_bytes(be, typename Ops::ExpandBackwardOp{u, open, adapter.B(), {}, y, u}),
+                             scratch_bytes(be, typename Ops::ShrinkBackwardOp{adapter.A(), {}, x, dropped, u, {}}),
+                             scratch_bytes(be, typename Ops::BaseBackwardOp{w, {}, x, dropped, y, {}}),
+                             output_scale_backward_bytes<Acc, A::space>(tokens, d_out)});
+  }
+  return Arena<A::space>::with_alignment(counter.used() + stage);
+}
+
+/// y (+)= ΔY, or y ← (m/n) ∘ (y + s X̂AᵀBᵀ) with base.in_y. Returns what backward needs where `options.save` is given.
+template <class Backend, DoraAdapter A>
+DoraSaved<A> forward(const Backend& be, const A& adapter, const DoraBase<A>& base,
+                     MatrixView<const typename A::precision::activation, A::space> x,
+                     MatrixView<typename A::precision::activation, A::space> y, Arena<A::space> work,
+                     ForwardOptions<A::space> options = {}) {
+  using Ops = detail::DoraOps<A>;
+  using X = typename Ops::X;
+  using Acc = typename Ops::Acc;
+  const char* const op = "forward";
+  const Index tokens = x.rows, d_out = adapter.config().d_out;
+  const Dropout dropout = detail::begin_forward(be, adapter, x, work, options);
+  Ops::check_base(op, adapter, base);
+  check::shape(op, "y", y, "the number of tokens", tokens, "d_out of the adapter", d_out);
+  check::disjoint(op, "y", y, "x", x);
+  check::disjoint(op, "y", y, "W", base.weights);
+  if (base.in_y && (options.into == Into::set || Ops::base_dropout(adapter, dropout).on())) {
+    fail(check::detail::about(ErrorCode::value, op, "in_y")
+         << " says that y holds X Wᵀ: that needs Into::add, and no drop_base while dropout is on");
+  }
+  const bool save = options.save != nullptr, keep = save && options.keep == Keep::z;
+  Arena<A::space> reserve = save ? *options.save : Arena<A::space>{};
+  DoraSaved<A> saved = detail::carve_saved(save ? reserve : work, adapter, tokens, keep);
+  const auto u = keep ? saved.u : work.template matrix<Acc>(tokens, adapter.config().rank);
+  const auto product = work.template matrix<Acc>(tokens, d_out), low = work.template matrix<Acc>(tokens, d_out);
+  const typename Ops::ShrinkOp shrink{adapter.A(), {}, x, dropout, u, {}};
+  const auto expand = Ops::expand(adapter, u, low);
+  const auto norms = Ops::norms(adapter, base, saved.inverse);
+  shrink.check();
+  expand.check();
+  norms.check();
+
+  dora_norms(be, norms, work);
+  for_rows<A::space>(
+      be, d_out, detail::DoraRatio<typename Ops::W, Acc, A::space>{adapter.magnitude(), saved.ratio, saved.inverse});
+  detail::run_checked(be, shrink, work);
+  detail::run_checked(be, expand, work);
+  if (base.in_y) {
+    output_scale(be, typename Ops::template ScaleOp<X>{saved.ratio, y, low, y, saved.sum});
+  } else {
+    const Dropout base_dropout = Ops::base_dropout(adapter, dropout);
+    execute(be, typename Ops::BaseOp{base.weights, {}, x, base_dropout, product, {}}, work);
+    output_scale(be, typename Ops::template ScaleOp<Acc>{saved.ratio, product, low, y, saved.sum, true, options.into});
+  }
+  if (!save) return {};
+  *options.save = reserve;
+  saved.dropout = dropout;
+  saved.in_y = base.in_y;
+  detail::mark_live(adapter, saved);
+  return saved;
+}
+
+/// All gradients of one forward, once.
+template <class Backend, DoraAdapter A, class Gradient>
+void backward(const Backend& be, const A& adapter, const DoraBase<A>& base, DoraSaved<A>& saved,
+              MatrixView<const typename A::precision::activation, A::space> x,
+              MatrixView<const typename A::precision::activation, A::space> dy,
+              MatrixView<typename A::precision::activation, A::space> dx, Gradient& grad, Arena<A::space> work,
+              BackwardOptions options = {}) {
+  using Ops = detail::DoraOps<A>;
+  using Acc = typename Ops::Acc;
+  using X = typename Ops::X;
+  const char* const op = "backward";
+  constexpr bool trained = detail::check_gradient_type<A, Gradient>();
+  const Index tokens = x.rows, d_out = adapter.config().d_out, rank = adapter.config().rank;
+  detail::begin_backward(be, adapter, saved, x, work);
+  Ops::check_base(op, adapter, base);
+  check::shape(op, "dy", dy, "the number of tokens", tokens, "d_out of the adapter", d_out);
+  if (base.passed.data != nullptr) {
+    if (!saved.in_y) {
+      fail(check::detail::about(ErrorCode::value, op, "passed")
+           << " is for a forward with in_y: here dX has all of it");
+    }
+    check::shape(op, "passed", base.passed, "the number of tokens", tokens, "d_out of the adapter", d_out);
+    check::disjoint(op, "passed", base.passed, "dy", dy);
+    check::disjoint(op, "passed", base.passed, "x", x);
+    check::disjoint(op, "passed", base.passed, "dx", dx);
+  }
+  const bool recompute = saved.u.data == nullptr && saved.sum.data == nullptr;
+  const auto u = recompute ? work.template matrix<Acc>(tokens, rank) : saved.u;
+  const auto sum = recompute ? work.template matrix<Acc>(tokens, d_out) : saved.sum;
+  const auto du = work.template matrix<Acc>(tokens, rank);
+  const auto scaled = work.template matrix<Acc>(tokens, d_out);
+  const Dropout base_dropout = Ops::base_dropout(adapter, saved.dropout);
+  typename Ops::ExpandBackwardOp expand{
+      u, Ops::gate().form(tokens, rank), adapter.B(), Acc(adapter.scale()), scaled, du, {}, {}, options.parameters};
+  typename Ops::ShrinkBackwardOp shrink{adapter.A(), {}, x,  saved.dropout,      du,           {},
+                                        {},          {}, dx, options.parameters, options.input};
+  const typename Ops::BaseBackwardOp through_base{base.weights, {}, x,  base_dropout,       scaled,   {},
+                                                  {},           {}, dx, options.parameters, Into::add};
+  MatrixView<typename Ops::G, A::space> dm;
+  if constexpr (trained) {
+    check::same(op, "grad", "size", grad.parameters().size, "the adapter's", adapter.parameters().size);
+    expand.dB = grad.B();
+    shrink.dA = grad.A();
+    dm = grad.magnitude();
+    check::disjoint(op, "grad m", dm, "dy", dy);
+  }
+  expand.check();
+  shrink.check();
+  through_base.check();
+  check::disjoint(op, "dx", dx, "dy", dy);
+
+  if (recompute) {
+    const auto low = work.template matrix<Acc>(tokens, d_out);
+    execute(be, typename Ops::ShrinkOp{adapter.A(), {}, x, saved.dropout, u, {}}, work);
+    execute(be, typename Ops::BaseOp{base.weights, {}, x, base_dropout, sum, {}}, work);
+    execute(be, Ops::expand(adapter, u, low), work);
+    for_rows<A::space>(be, tokens, detail::StoreRow<Acc, Acc, A::space>{low, sum, Into::add});
+  }
+  using ToScaled = typename Ops::template ScaleBackwardOp<Acc>;
+  output_scale_backward(be, ToScaled{saved.ratio, sum, dy, scaled, Into::set, false, saved.inverse}, dm,
+                        options.parameters, work);
+  if (base.passed.data != nullptr) {
+    for_rows<A::space>(be, tokens, detail::StoreRow<Acc, X, A::space>{scaled, base.passed, Into::set});
+  }
+  detail::run_checked(be, expand, work);
+  detail::run_checked(be, shrink, work);
+  if (dx.data != nullptr && base.passed.data == nullptr) {
+    for_rows<A::space>(be, tokens, ToScaled{saved.ratio, {}, dy, scaled, Into::set, true});
+    detail::run_checked(be, through_base, work);
+  }
+  saved.live = false;
+}
+
+/// W ← (m/n) ∘ (W + s B A) in double, n = 0 gives 0, rounded once.
+template <class Backend, DoraAdapter A, class T>
+  requires(A::space == Space::host)
+Merged<T> merge(const Backend& be, const A& adapter, MatrixView<T> weights) {
+  const char* const op = "merge";
+  check::shape(op, "weights", weights, "d_out of the adapter", adapter.config().d_out, "d_in of the adapter",
+               adapter.config().d_in);
+  const auto safe = [&](const char* name, auto view) {
+    check::disjoint(op, "weights", weights, name, view);
+    detail::check_finite(op, name, view);
+  };
+  safe("A", adapter.A());
+  safe("B", adapter.B());
+  safe("m", adapter.magnitude());
+  Merged<T> merged(weights, {});
+  detail::merge_rows(be, weights, merged.report, [&](Index o, double* row) {
+    double squares = 0;
+    for (Index c = 0; c < weights.cols; ++c) {
+      double sum = 0;
+      for (Index j = 0; j < adapter.A().rows; ++j) {
+        sum += widen<double>(adapter.B()(o, j)) * widen<double>(adapter.A()(j, c));
+      }
+      row[c] += adapter.scale() * sum;
+      squares += row[c] * row[c];
+    }
+    const double n = std::sqrt(squares), ratio = n == 0 ? 0 : widen<double>(adapter.magnitude()(0, o)) / n;
+    for (Index c = 0; c < weights.cols; ++c) row[c] *= ratio;
+  });
+  return merged;
+}
+
+}  // namespace LORAMIX_ABI
+}  // namespace loramix
