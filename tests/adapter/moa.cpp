@@ -1,6 +1,7 @@
 // MoA: against literal loops and finite differences (dropout 0.5, token mask, ragged sequences, empty ones too), its
 // decisions, its domains, and the defects that PEERS.md names.
 #include <loramix/adapter/domains.hpp>
+#include <loramix/ops/logit_loss.hpp>
 #include <loramix/train/gradient_check.hpp>
 
 #include <numeric>
@@ -32,11 +33,6 @@ lm::MoaConfig small(Pooling pooling = Pooling::mean, Index places = 0) {
           .dropout = 0.5,
           .places = places,
           .pooling = pooling};
-}
-
-template <class A>
-auto scores_of(const A& adapter, const lm::Saved<A>& saved) {
-  return adapter.gate().scores(saved.state, saved.h, saved.dh, saved.call);
 }
 
 /// The literal case of a batch.
@@ -83,19 +79,6 @@ reference::MoaCase literal(const B& b) {
   return m;
 }
 
-/// What a routing cross-entropy adds: η (p − onehot)/n for labelled sequences. Returns η · the loss.
-template <class A>
-void add_routing_loss(const A& adapter, const lm::Saved<A>& saved, const std::int32_t* label, double eta) {
-  const auto scores = scores_of(adapter, saved);
-  double n = 0;
-  for (Index s = 0; s < scores.p.rows; ++s) n += label[s] >= 0 ? 1 : 0;
-  for (Index s = 0; s < scores.p.rows; ++s) {
-    for (Index e = 0; label[s] >= 0 && e < scores.p.cols; ++e) {
-      scores.dlogits(s, e) += eta * (scores.p(s, e) - (label[s] == e ? 1 : 0)) / n;
-    }
-  }
-}
-
 TEST_CASE("values: the label's expert, else the argmax of the pooled row; padding follows its sequence") {
   for (const Pooling pooling : {Pooling::mean, Pooling::last}) {
     for (const Index places : {0, 5}) {
@@ -106,7 +89,7 @@ TEST_CASE("values: the label's expert, else the argmax of the pooled row; paddin
       options.save = &reserve;
       options.key = b.key;
       const auto saved = b.forward(y, options);
-      const auto scores = scores_of(b.adapter, saved);
+      const auto scores = saved.scores;
       const reference::MoaCase want = literal(b);
       REQUIRE(scores.p.rows == L);
       REQUIRE(scores.p.cols == 3);
@@ -145,7 +128,10 @@ void check_gradients(lm::MoaConfig config, bool with_labels, lm::Keep keep) {
   auto saved = b.forward(y, options);
   reference::MoaCase at = literal(b);
   if (!with_labels) at.label.assign(L, -1);
-  if (with_labels) add_routing_loss(b.adapter, saved, labels, eta);
+  if (with_labels) {
+    const double value = lm::routing_loss(b.be, saved, {.weight = eta}, b.work.arena());
+    CHECK(std::fabs(value - at.routing_loss()) <= 1e-13);
+  }
   b.backward(saved, dx, grad);
 
   // What is called constant: the choice, and stop(p).
@@ -392,7 +378,7 @@ TEST_CASE("add_domain: old parameters, old logits and old domains' outputs keep 
     const auto run = [&](lm::Matrix<float>& y) {
       lm::Arena<> reserve = b.memory.arena();
       const auto saved = b.forward(y, {.save = &reserve});
-      const auto scores = scores_of(b.adapter, saved);
+      const auto scores = saved.scores;
       lm::Matrix<float> logits(tokens, 2);
       std::vector<std::int32_t> ids;
       for (Index s = 0; s < tokens; ++s) {
@@ -488,7 +474,7 @@ TEST_CASE("ablation: a classifier by itself is a MoA of rank 0") {
   auto options = ragged();
   options.save = &reserve;
   auto saved = b.forward(y, options);
-  add_routing_loss(b.adapter, saved, labels, 1);
+  CHECK(lm::routing_loss(b.be, saved, {}, b.work.arena()) > 0);
   b.backward(saved, dx, grad);
   CHECK(same_bits(y, b.zeros_y()));
   CHECK(grad.gate().bias(0, 0) != 0);
@@ -506,7 +492,7 @@ TEST_CASE("a frozen adapter gives the same dx; threads and saving change no bit"
     options.key = b.key;
     options.into = lm::Into::set;
     auto saved = b.forward(y, options);
-    const auto scores = scores_of(b.adapter, saved);
+    const auto scores = saved.scores;
     for (Index e = 0; e < 3; ++e) scores.dp(1, e) += static_cast<float>(e);
     b.backward(saved, into, gradient);
   };

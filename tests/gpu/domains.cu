@@ -90,7 +90,7 @@ TEST_CASE_TEMPLATE("MoA on the device is MoA on the host, launched and in a grap
                                        .labels = {labels, S::sequences},
                                        .valid = {valid, S::tokens}};
     auto saved = lm::forward(be, moa, x, y, work, options);
-    const auto scores = std::as_const(moa).gate().scores(saved.state, saved.h, saved.dh, saved.call);
+    const auto& scores = saved.scores;
     lm::gpu::check_cuda("cudaMemcpyAsync", cudaMemcpyAsync(scores.dp.data, dp.data, step.dp.size() * sizeof(float),
                                                            cudaMemcpyDeviceToDevice, gpu.stream()));
     lm::backward(be, moa, saved, x, dy, dx, gradient, work, {.parameters = lm::Into::set, .input = lm::Into::set});

@@ -87,7 +87,8 @@ struct DomainGate {
             .p = state.p.row_range(0, n),
             .dlogits = state.dlogits.row_range(0, trained),
             .dp = state.dp.row_range(0, trained),
-            .ids = {state.ids.data, n, 1}};
+            .ids = {state.ids.data, n, 1},
+            .by_token = call.batch.sequences.per_token()};
   }
 
   template <class Backend>

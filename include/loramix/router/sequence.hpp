@@ -135,7 +135,8 @@ struct SequenceGate {
             .p = state.p.row_range(0, n),
             .dlogits = state.dlogits.row_range(0, state.dlogits.data == nullptr ? 0 : n),
             .dp = state.dp.row_range(0, state.dp.data == nullptr ? 0 : n),
-            .weights = state.p.row_range(0, n)};
+            .weights = state.p.row_range(0, n),
+            .by_token = call.batch.sequences.per_token()};
   }
 
   template <class Backend>
