@@ -5,7 +5,7 @@
 /// Parameters:  lora_A.weight [r, d_in], lora_B.weight [d_out, r], mixer [r, r] = S: Kaiming U(−1/√r, 1/√r), or
 ///              orthogonal, or the identity (then it starts as LoRA).
 /// Errors:      sizes below 0, dropout outside [0, 1). r = 0 is legal.
-/// Cost:        LoRA and 2·r²·d_out flop per call, six times that backward.
+/// Cost:        LoRA and 2·r²·d_out flop per call, three times that r² part backward.
 /// Determinism: adapter/reparam_forward.hpp
 /// Merge:       exact: W + s B Sᵀ A.
 /// Example:     tests/adapter/moslora.cpp

@@ -1,8 +1,7 @@
 /// The output scale: one factor per column, after everything is added and before the engine adds its bias.
 ///
-/// Computes:    y = c ∘ (in + Δ), or with `less_in` y (+)= c ∘ (in + Δ) − in, computed as (c − 1) ∘ in + c ∘ Δ
-///              (forward) dc_i (+)= f_i Σ_t dy ∘ (in + Δ), and c ∘ dy, or (c − 1) ∘ dy with `less_in`, is passed on
-///              (backward)
+/// Computes:    y (+)= c ∘ (in + Δ), or with `less_in` (c − 1) ∘ in + c ∘ Δ, which is that less in       (forward)
+///              dc_i (+)= f_i Σ_t dy ∘ (in + Δ); passed (+)= c ∘ dy, or (c − 1) ∘ dy with `less_in`      (backward)
 /// Source:      MATH.md section 1, "Output scale"; IA3's l, DoRA's m/n (f = 1/n: n is constant).
 /// Reads:       c [n], in [T, n] (may be y itself, and passed may be dy), Δ [T, n] or empty (0); backward: sum [T, n],
 ///              dy [T, n], f [n] or empty.

@@ -2,8 +2,7 @@
 ///
 /// Computes:    y = for every sequence b: prompt [v, d], then its rows of x; sequence b of y begins at offsets[b] + b·v
 ///                                                                                                            (forward)
-///              dprompt (+)= Σ_b dy[its first v rows of b], b ascending; dx (+)= the other rows
-///              (backward)
+///              dprompt (+)= Σ_b dy[the first v rows of b], b ascending; dx (+)= the other rows             (backward)
 /// Source:      MATH.md section 4, prompt tuning; Lester et al. 2021.
 /// Reads:       prompt [v, d], x [T, d], sequences: offsets [n + 1] from 0 to T (Groups::by_segment); dy [T + n·v, d].
 /// Writes:      y [T + n·v, d].

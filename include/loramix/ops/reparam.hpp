@@ -2,8 +2,8 @@
 ///
 /// Computes:    MixRanks:      out (+)= in Sᵀ: B′ = B Sᵀ (MoSLoRA), and dB = dB′ S by S.transposed()
 ///              RankProducts:  out_jk (+)= Σ_o left_oj right_ok: dS = (dB′)ᵀ B
-///              ScaleOutputs:  out_oj (+)= γ_{i(j),o} in_oj: B′_i = diag(γ_i) B_i (MultiLoRA), and dB_i = diag(γ_i)
-///              dB′_i OutputProducts: out_io (+)= Σ_{j of i} left_oj right_oj: dγ
+///              ScaleOutputs:  out_oj (+)= γ_{i(j),o} in_oj: B′_i = diag(γ_i) B_i (MultiLoRA), and dB_i from dB′_i
+///              OutputProducts: out_io (+)= Σ_{j of i} left_oj right_oj: dγ
 /// Source:      MATH.md section 1, "Re-parametrised weights".
 /// Reads:       in, left, right [d_out, R] rank-major, S [R, R] in either order, γ [n, d_out] with R = n·r.
 /// Adds to:     out [d_out, R], [R, R] or [n, d_out]; or assigns with Into::set.

@@ -1,11 +1,11 @@
 /// AdaLoRA's rank budget over all layers: importance, pruning, and the loss that keeps the factors orthogonal.
 ///
 /// Computes:    measure: I = |w ∂w|, Ī ← β1 Ī + (1−β1) I, then Ū ← β2 Ū + (1−β2)|I − Ī| with the new Ī, both from 0.
-///              prune:   S = Ī ∘ Ū, score_j = S(λ_j) + mean S(A_j) + mean S(B_j); the ⌊b(n)⌋ best over all layers stay,
-///              ties go to
-///                       the lower (layer, rank), NaN is worst; λ of the others becomes 0: its gradient stays, it may
-///              return. b(n) = b_0 for n < n_i, b_T for n ≥ N − n_f, else b_T + (b_0 − b_T)(1 − (n − n_i)/(N − n_f −
-///              n_i))³. orthogonality: mean over layers of ‖BᵀB − I‖_F + ‖AAᵀ − I‖_F (or squared), gradient 0 at 0.
+///              prune:   S = Ī ∘ Ū, score_j = S(λ_j) + mean S(A_j) + mean S(B_j); the ⌊b(n)⌋ best over all
+///                       layers stay, ties go to the lower (layer, rank), NaN is worst; λ of the others becomes 0:
+///                       its gradient stays, it may return.
+///              b(n) = b_0 for n < n_i, b_T for n ≥ N − n_f, else b_T + (b_0 − b_T)(1 − (n − n_i)/(N − n_f − n_i))³.
+///              orthogonality: mean over layers of ‖BᵀB − I‖_F + ‖AAᵀ − I‖_F (or squared), gradient 0 at 0.
 /// Source:      Zhang et al. 2023 (arXiv 2303.10512), equations 4, 7 to 10, 19; MATH.md section 4. PEFT averages the
 ///              loss over 2L matrices: half our value.
 /// Reads:       layers' A [r, d_in], B [d_out, r], λ [1, r], and their gradients, of task and orthogonality.
