@@ -2,6 +2,8 @@
 // the laws, merging task by task, and the defects of the released code (PEERS 1.3).
 #include "adapter/tasks.hpp"
 
+#include <loramix/ops/contrastive_loss.hpp>
+
 namespace loramix_test {
 namespace {
 
@@ -276,6 +278,54 @@ TEST_CASE("defect of MoRE's code, merge ignoring truncation: closed ranks do not
                                                        : 0.5 * 4;
     for (Index i = 0; i < 35; ++i) CHECK(std::abs(weights.data()[i] - want) <= 1e-14);
   }
+}
+
+TEST_CASE("the contrastive loss trains embeddings beside the product: both gradients in one buffer") {
+  Batch<lm::More<double>> b(small(), 9);
+  const std::vector<std::int32_t> labels{1, 0, 2, -1, 1, 2, 0, 0, 2};  // every token is a sequence
+  std::vector<std::byte> work(static_cast<std::size_t>(lm::contrastive_workspace_bytes<double>(9, 3, 7)));
+  auto grad = lm::zeros_like(b.adapter);
+  auto dx = b.zeros_dx();
+  const auto loss = [&](lm::MatrixView<double> into_x, lm::MatrixView<double> into_e) {
+    return lm::contrastive_loss(b.be, b.x.view(), std::as_const(b.adapter).gate().scorer.embedding,
+                                lm::VectorView<const std::int32_t>{labels.data(), 9}, into_x, into_e, {.weight = 0.1},
+                                lm::Arena<>{work});
+  };
+  auto y = b.zeros_y();
+  lm::Arena<> reserve = b.memory.arena();
+  auto saved = b.forward(y, {.save = &reserve, .key = b.key, .tasks = groups_of(mixed, 3)});
+  loss(dx, grad.gate().scorer.embedding);
+  b.backward(saved, dx, grad);
+
+  const auto chosen = selection(b, literal(b, mixed, true), true);
+  const auto e = b.adapter.gate().scorer.embedding, de = grad.gate().scorer.embedding;
+  const auto report =
+      lm::gradient_check({{"x", {b.x.data(), 63}, {dx.data(), 63}}, {"e", {e.data, 21}, {de.data, 21}}}, [&] {
+        const auto now = literal(b, mixed, true);
+        const auto delta = now.delta([&](int tau, int j) { return chosen(now, tau, j); });
+        double sum = 0, entropy = 0;
+        for (Index i = 0; i < 45; ++i) sum += b.dy.data()[i] * delta[static_cast<std::size_t>(i)];
+        int counted = 0;
+        for (int t = 0; t < 9; ++t) {
+          const int label = labels[static_cast<std::size_t>(t)];
+          if (label < 0) continue;
+          reference::Values cosines;
+          for (int task = 0; task < 3; ++task) {
+            double inner = 0, xx = 0, ee = 0;
+            for (int c = 0; c < 7; ++c) {
+              const double xc = now.at(now.x, t * 7 + c), ec = now.at(now.e, task * 7 + c);
+              inner += xc * ec;
+              xx += xc * xc;
+              ee += ec * ec;
+            }
+            cosines.push_back(inner / std::sqrt(xx * ee) / 0.05);
+          }
+          entropy -= std::log(now.at(now.softmax(cosines), label));
+          ++counted;
+        }
+        return sum + 0.1 * entropy / counted;
+      });
+  CHECK_MESSAGE(report.ok(), report.text());
 }
 
 TEST_CASE("B = 0 at the start: nothing is added, and only B has a gradient") {

@@ -12,7 +12,7 @@
 /// Merge:       exact for one task: merge(be, adapter, W, {.task = τ}) (adapter/merge.hpp).
 /// Example:     tests/adapter/moe_lora.cpp
 #pragma once
-#include <loramix/adapter/lora.hpp>
+#include <loramix/adapter/by_task.hpp>
 #include <loramix/router/task.hpp>
 
 namespace loramix {
@@ -40,31 +40,13 @@ struct MoeLoraConfig {
   }
   template <class Self, class F>
   static void fields(Self& self, F&& f) {
-    f("d_in", self.d_in);
-    f("d_out", self.d_out);
-    f("tasks", self.tasks);
+    detail::task_fields(self, f);
     f("experts", self.experts);
-    f("rank", self.rank);
-    f("alpha", self.alpha);
-    f("dropout", self.dropout);
     f("embedding", self.embedding);
     f("shared_A", self.shared_A);
   }
   Index rows_of_A() const { return shared_A ? rank / experts : rank; }
 };
-
-namespace detail {
-inline const MoeLoraConfig& checked(const MoeLoraConfig& config) {
-  checked_mixture("MoeLora", config);
-  check::at_least("MoeLora", "tasks", config.tasks, 1);
-  check::at_least("MoeLora", "embedding", config.embedding, 1);
-  if (config.rank % config.experts != 0) {
-    fail(check::detail::about(ErrorCode::value, "MoeLora", "rank")
-         << " is " << config.rank << " in total, which " << config.experts << " experts do not divide");
-  }
-  return config;
-}
-}  // namespace detail
 
 /// Owns A, B, the tasks' embeddings and W_g.
 template <class P = float, Space S = Space::host, class T = typename precision_t<P>::weight>
@@ -79,7 +61,7 @@ class MoeLora {
   static constexpr const char* kind = "moe_lora";
 
   explicit MoeLora(const Config& config)
-      : config_(detail::checked(config)),
+      : config_(detail::checked_by_task("MoeLora", config, 0)),
         parameters_({detail::size_of(config.rows_of_A(), config.d_in), detail::size_of(config.d_out, config.rank),
                      detail::size_of(config.tasks, config.embedding),
                      detail::size_of(config.experts, config.embedding)}) {}

@@ -12,7 +12,7 @@
 /// Merge:       exact for one task: merge(be, adapter, W, {.task = τ}) (adapter/merge.hpp).
 /// Example:     tests/adapter/more.cpp
 #pragma once
-#include <loramix/adapter/lora.hpp>
+#include <loramix/adapter/by_task.hpp>
 #include <loramix/router/rank_selector.hpp>
 
 namespace loramix {
@@ -35,25 +35,11 @@ struct MoreConfig {
   }
   template <class Self, class F>
   static void fields(Self& self, F&& f) {
-    f("d_in", self.d_in);
-    f("d_out", self.d_out);
-    f("tasks", self.tasks);
-    f("rank", self.rank);
-    f("alpha", self.alpha);
-    f("dropout", self.dropout);
+    detail::task_fields(self, f);
     RankRule::fields(self.rule, f);
     f("task_embedding", self.task_embedding);
   }
 };
-
-namespace detail {
-inline const MoreConfig& checked(const MoreConfig& config) {
-  checked("More", LoraConfig{config.d_in, config.d_out, config.rank, config.alpha, config.dropout});
-  check::at_least("More", "rank", config.rank, 1);
-  check::at_least("More", "tasks", config.tasks, 1);
-  return config;
-}
-}  // namespace detail
 
 /// Owns A, B, the tasks' embeddings and the selector.
 template <class P = float, Space S = Space::host, class T = typename precision_t<P>::weight>
@@ -68,7 +54,7 @@ class More {
   static constexpr const char* kind = "more";
 
   explicit More(const Config& config)
-      : config_(detail::checked(config)),
+      : config_(detail::checked_by_task("More", config, 1)),
         parameters_({detail::size_of(config.rank, config.d_in), detail::size_of(config.d_out, config.rank),
                      detail::size_of(config.tasks, width()), detail::size_of(selector_rows(), config.d_in),
                      selector_rows()}) {}
