@@ -12,11 +12,13 @@
 #include <loramix/adapter/merge.hpp>
 #include <loramix/adapter/mola.hpp>
 #include <loramix/adapter/pack.hpp>
+#include <loramix/adapter/shapley.hpp>
 #include <loramix/adapter/team_lora.hpp>
 #include <loramix/core/thread_pool.hpp>
 #include <loramix/core/version.hpp>
 #include <loramix/gate/gates.hpp>
 #include <loramix/gate/softmax.hpp>
+#include <loramix/ops/losses.hpp>
 #include <loramix/train/adamw.hpp>
 #include <loramix/train/clip.hpp>
 #include <loramix/train/schedule.hpp>
