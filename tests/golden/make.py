@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes data/*.hpp: every method of MATH.md in float64, by another framework, and PEFT's own results where PEFT is right.
+"""Writes data/*.hpp: every method of MATH.md in float64, by another framework, and by PEFT itself where it is right.
 
     python3 -m venv v && v/bin/pip install -r tests/golden/requirements.txt && v/bin/python tests/golden/make.py
 
@@ -86,7 +86,8 @@ def mola():
     p = t.leaves(lora_A__weight=inputs("mola A", experts * R, D, scale=0.5),
                  lora_B__weight=inputs("mola B", O, experts * R), moe_gate__weight=inputs("mola gate", experts, D))
     p["x"] = x
-    noise = t.add("noise.moe_gate.weight", torch.cat([p["moe_gate.weight"], inputs("mola noise", experts, D, scale=0.4)]))
+    noise_rows = inputs("mola noise", experts, D, scale=0.4)
+    noise = t.add("noise.moe_gate.weight", torch.cat([p["moe_gate.weight"], noise_rows]))
     bias, valid = [0.25, -0.375, 0.5, -0.125, 0.0625], [1, 1, 0, 1, 1]
     t.add("bias", bias)
     t.add("valid", valid)
@@ -119,8 +120,8 @@ def team_lora():
            "shapley.0.bias": t.add("mlp.shapley.0.bias", inputs("team b1", 1, hidden)),
            "shapley.2.weight": t.add("mlp.shapley.2.weight", inputs("team S2", E, hidden))}
     linear = {"shapley.0.weight": t.add("linear.shapley.0.weight", inputs("team S", E, D))}
-    for variant, extra, form in [("mlp", mlp, "learned"), ("linear", linear, "learned"), ("identity", linear, "identity"),
-                                 ("equal", linear, "equal")]:
+    for variant, extra, form in [("mlp", mlp, "learned"), ("linear", linear, "learned"),
+                                 ("identity", linear, "identity"), ("equal", linear, "equal")]:
         kind = "mlp" if variant == "mlp" else "linear"
         t.run(variant, {**p, **extra}, dy,
               lambda q: ad.mixture(q, q["x"] * mask, 3 / R, ad.competition(q, kind, form)))
@@ -149,8 +150,8 @@ def more():
                  gate__bias=inputs("more bias", 1, top))
     t.add("ranks", ad.ranks_of(p))
     p["x"] = x
-    for variant, options in {"paper_linear": {}, "code_squared": {}, "lr_linear": {}, "none": {}, "raw_logit": {"raw": True},
-                             "constant": {"through": False}}.items():
+    for variant, options in {"paper_linear": {}, "code_squared": {}, "lr_linear": {}, "none": {},
+                             "raw_logit": {"raw": True}, "constant": {"through": False}}.items():
         law = variant if variant not in ("raw_logit", "constant") else "paper_linear"
         t.run(variant, p, dy, lambda q: ad.more(q, q["x"] * mask, 3 / top, tasks, law, **options))
 
@@ -209,7 +210,8 @@ def ada_lora():
     # Orthogonality of two layers, and PEFT's, half of it.
     second = t.leaves(second__A=inputs("ada A2", R, D), second__B=inputs("ada B2", O, R))
     leaves = {name: value.clone().requires_grad_() for name, value in {**p, **second}.items()}
-    value = ad.orthogonality([(leaves["lora_A.weight"], leaves["lora_B.weight"]), (leaves["second.A"], leaves["second.B"])])
+    value = ad.orthogonality([(leaves["lora_A.weight"], leaves["lora_B.weight"]),
+                              (leaves["second.A"], leaves["second.B"])])
     value.backward()
     t.add("orthogonality/value", value)
     t.add("orthogonality/peft_value", peft_layers.orthogonality(p, second, R))
@@ -382,11 +384,29 @@ def shapley():
     t.add("train/d.logits", logits.grad)
 
 
+def optimisers():
+    """Four steps of PyTorch's own."""
+    t = table("optimisers")
+    w = t.add("w", inputs("optimiser w", 1, D))
+    g = t.add("g", inputs("optimiser g", 4, D))
+    adamw = dict(lr=0.05, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.25)
+    sgd = dict(lr=0.05, momentum=0.75, weight_decay=0.25)
+    for name, make in {"adamw": lambda q: torch.optim.AdamW([q], **adamw),
+                       "sgd": lambda q: torch.optim.SGD([q], **sgd)}.items():
+        q = w.clone().requires_grad_()
+        optimiser, seen = make(q), []
+        for step in range(4):
+            q.grad = g[step : step + 1].clone()
+            optimiser.step()
+            seen.append(q.detach().clone())
+        t.add(name, torch.cat(seen))
+
+
 def main():
     folder = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else pathlib.Path(__file__).parent / "data"
     folder.mkdir(exist_ok=True)
     for build in (lora, fused, dense_mixtures, mola, team_lora, moe_lora, more, moa, mix_lora, ada_lora, dora,
-                  small_methods, loss_values, shapley):
+                  small_methods, loss_values, shapley, optimisers):
         build()
     sizes = {t.name: t.write(folder) for t in TABLES}
     print("\n".join(f"{size:7d} {name}" for name, size in sizes.items()), f"\n{sum(sizes.values()):7d} in all")

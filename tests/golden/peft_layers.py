@@ -104,7 +104,8 @@ def orthogonality(p, second, r):
         def forward(self, x):
             return types.SimpleNamespace(loss=(self.a(x) + self.b(x)).sum() * 0)
 
-    config = AdaLoraConfig(init_r=r, target_r=r, lora_alpha=3, target_modules=["a", "b"], total_step=100, orth_reg_weight=1.0)
+    config = AdaLoraConfig(init_r=r, target_r=r, lora_alpha=3, target_modules=["a", "b"], total_step=100,
+                           orth_reg_weight=1.0)
     model = AdaLoraModel(Two(), {"default": config}, "default").double()
     for name, A, B in [("a", p["lora_A.weight"], p["lora_B.weight"]), ("b", second["second.A"], second["second.B"])]:
         layer = getattr(model.model, name)
