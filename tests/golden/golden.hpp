@@ -46,6 +46,7 @@ class Table {
       for (Index i = 0; i < tensor.rows * tensor.cols && in >> number; ++i) {
         tensor.values.push_back(std::strtod(number.c_str(), nullptr));
       }
+      REQUIRE(static_cast<Index>(tensor.values.size()) == tensor.rows * tensor.cols);
       tensors_[name] = tensor;
     }
   }
