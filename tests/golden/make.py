@@ -254,7 +254,8 @@ def dora():
 def small_methods():
     t = table("mos_lora")
     x, dy, mask = batch(t)
-    p = t.leaves(lora_A__weight=inputs("mos A", R, D), lora_B__weight=inputs("mos B", O, R), mixer=inputs("mos S", R, R))
+    p = t.leaves(lora_A__weight=inputs("mos A", R, D), lora_B__weight=inputs("mos B", O, R),
+                 mixer=inputs("mos S", R, R))
     t.run("a", {"x": x, **p}, dy, lambda q: ad.mos_lora(q, q["x"] * mask, 3 / R))
 
     t = table("multi_lora")
@@ -265,7 +266,7 @@ def small_methods():
 
     t = table("ia3")
     x, dy, _ = batch(t)
-    W, bias = t.add("W", inputs("ia3 W", O, D)), t.add("bias", inputs("ia3 bias", 1, O))
+    W = t.add("W", inputs("ia3 W", O, D))
     for variant, width in [("output", O), ("feedforward", D)]:
         l = t.add(variant + ".ia3_l", inputs("ia3 " + variant, 1, width, scale=0.5, base=1))
         p = {"x": x, "W": W, "ia3_l": l}
