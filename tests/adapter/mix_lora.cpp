@@ -12,6 +12,7 @@
 #include <loramix/adapter/mix_lora_forward.hpp>
 #include <loramix/core/thread_pool.hpp>
 #include <loramix/cpu/cpu.hpp>
+#include <loramix/ops/balance_loss.hpp>
 #include <loramix/train/gradient_check.hpp>
 
 #include "core/caught.hpp"
@@ -289,6 +290,32 @@ TEST_CASE("all gradients against finite differences, dropout 0.5") {
       CHECK_MESSAGE((tensor.norm > 0) == !no_router, tensor.name);
     }
   }
+}
+
+TEST_CASE("the mixtral loss of a block reaches router and x, and leaves masked tokens alone") {
+  Engine engine(config(5, 2), 6, 3);
+  const lm::cpu::Backend be;
+  const std::vector<std::uint8_t> valid{1, 1, 0, 1, 0, 1};
+  engine.options.valid = {valid.data(), 6};
+  Memory more(lm::loss_workspace_bytes<double>(6, 5));
+  const auto balance = [&](const auto& saved) {
+    return lm::balance_loss(be, saved, {.form = lm::Balance::mixtral, .weight = 0.3}, more.arena());
+  };
+  auto saved = engine.forward(be);
+  CHECK(balance(saved) > 0.3);
+  CHECK(saved.state.dp(0, 0) != 0);
+  for (Index e = 0; e < 5; ++e) CHECK(saved.state.dp(2, e) == 0);
+  engine.backward(be, saved);
+  Real dx = engine.dx;
+  const auto report =
+      lm::gradient_check({{"x", {engine.x.data(), 6 * 7}, {dx.data(), 6 * 7}},
+                          {"router", {engine.mix.side().data, 5 * 7}, {engine.grad.side().data, 5 * 7}}},
+                         [&] {
+                           double loss = 0.3 * balance(engine.forward(be));  // the value is without its weight
+                           for (Index i = 0; i < 30; ++i) loss += engine.dy.data()[i] * engine.y.data()[i];
+                           return loss;
+                         });
+  CHECK_MESSAGE(report.ok(), report.text());
 }
 
 TEST_CASE("one, two or three lanes: the same bits") {

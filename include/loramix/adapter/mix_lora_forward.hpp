@@ -198,7 +198,7 @@ void check_stage(const char* op, const A& adapter, const MixLoraSaved<A>& saved,
 
 }  // namespace detail
 
-/// Bytes of workspace that any stage with at most `tokens` tokens takes.
+/// Bytes of workspace that any stage with at most `tokens` tokens takes; what serves a backward serves its forward.
 template <class Backend, MixLoraAdapter A>
 Index workspace_bytes(const Backend& be, const A& adapter, Index tokens, Pass pass = Pass::forward) {
   using Ops = detail::MixLoraOps<A>;
@@ -212,21 +212,22 @@ Index workspace_bytes(const Backend& be, const A& adapter, Index tokens, Pass pa
   const auto& c = adapter.config();
   const auto of = [tokens](Index width) { return MatrixView<X, A::space>{nullptr, tokens, width}; };
   const auto in = of(c.d_in), hidden = of(c.d_hidden), out = of(c.d_out);
-  const Index copies = adapter.gate().jitter() > 0 ? carved_bytes<A::space>([&](Memory& memory) {
-    for (int i = pass == Pass::forward ? 1 : 0; i < 2; ++i) memory.template matrix<X>(tokens, c.d_in);
-  })
-                                                   : 0;
-  const Index gate = detail::gate_scratch(be, adapter.gate(), tokens);
-  if (pass == Pass::forward) {
-    return Memory::with_alignment(
-        detail::largest({copies + detail::largest({scratch_bytes(be, Ops::shrink(adapter, saved, in)), gate}),
-                         scratch_bytes(be, Ops::mix(adapter, saved, hidden, hidden, hidden)),
-                         scratch_bytes(be, Ops::expand(adapter, saved, out, Into::add))}));
-  }
-  return Memory::with_alignment(detail::largest(
-      {copies + detail::largest({scratch_bytes(be, Ops::shrink_backward(adapter, saved, in, in, {})), gate}),
+  const auto first_stage = [&](Index copies, Index stage) {  // counted by an arena, which refuses sums that overflow
+    Memory memory = Memory::counting();
+    for (Index i = 0; i < copies && adapter.gate().jitter() > 0; ++i) memory.template matrix<X>(tokens, c.d_in);
+    memory.template take<std::byte>(detail::largest({stage, detail::gate_scratch(be, adapter.gate(), tokens)}));
+    return memory.used();
+  };
+  const Index forward =
+      Memory::with_alignment(detail::largest({first_stage(1, scratch_bytes(be, Ops::shrink(adapter, saved, in))),
+                                              scratch_bytes(be, Ops::mix(adapter, saved, hidden, hidden, hidden)),
+                                              scratch_bytes(be, Ops::expand(adapter, saved, out, Into::add))}));
+  if (pass == Pass::forward) return forward;
+  const Index backward = Memory::with_alignment(detail::largest(
+      {first_stage(2, scratch_bytes(be, Ops::shrink_backward(adapter, saved, in, in, {}))),
        scratch_bytes(be, Ops::mix_backward(adapter, saved, hidden, hidden, hidden, hidden, hidden, Into::add)),
        scratch_bytes(be, Ops::expand_backward(adapter, saved, out, Into::add))}));
+  return forward > backward ? forward : backward;
 }
 
 /// Bytes of reserve that a block with at most `tokens` tokens takes, in inference too.
@@ -280,7 +281,7 @@ MixLoraSaved<A> route(const Backend& be, const A& adapter,
   detail::run_gate(be, gate, saved.h, saved.state, call, work);
   for_rows<A::space>(be, x.rows, detail::CopyRow<typename Ops::Score, A::space>{{}, saved.dh});
   saved.scores = gate.scores(saved.state, saved.h, saved.dh);
-  if constexpr (requires { saved.scores.valid; }) saved.scores.valid = options.valid;
+  saved.scores.valid = options.valid;
   saved.owner = adapter.parameters().data;
   if constexpr (detail::debug_checks) saved.weights = detail::checksum(adapter);
   saved.stage = MixLoraStage::routed;
