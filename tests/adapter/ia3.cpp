@@ -118,7 +118,6 @@ TEST_CASE("three lanes change no bit, a step allocates nothing, frozen gives the
   run(lm::cpu::Backend{pool.executor()}, y3, dx3, grad3);
   const Index count = allocations();
   run(lm::cpu::Backend{pool.executor()}, y3, dx3, grad3);
-  CHECK(count > 0);
   CHECK(allocations() == count);
   CHECK(same_bits(y, y3));
   CHECK(same_bits(dx, dx3));

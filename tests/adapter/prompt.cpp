@@ -72,7 +72,6 @@ TEST_CASE("three lanes, Into::add, frozen; no allocation in a step") {
   run(lm::cpu::Backend{}, y, dx_alone, lm::frozen);
   const Index count = allocations();
   run(lm::cpu::Backend{pool.executor()}, y3, dx3, grad3);
-  CHECK(count > 0);
   CHECK(allocations() == count);
   CHECK(same_bits(y, y3));
   CHECK(same_bits(dx, dx3));

@@ -10,7 +10,7 @@
 
 namespace loramix_test {
 
-// The counter of support/allocations.hpp, which memory.cpp includes for the whole program.
+// The counter of support/allocations.hpp, which memory.cpp includes for the whole program and proves to count.
 inline std::atomic<Index> allocation_count{0};
 inline Index allocations() { return allocation_count.load(); }
 
