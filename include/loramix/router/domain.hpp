@@ -9,8 +9,8 @@
 /// Writes:      State: logits, p [sequences, E] and ids [sequences] in room for T rows, multiplier [T]; assigned. A NaN logit
 ///              makes the multiplier NaN where the router chose.
 /// Adds to:     dh [T, places]; the gradient gate's bias, or assigns with Into::set.
-/// Errors:      as router/sequence.hpp; on the host a label that is no expert. On the device it contributes nothing and is
-///              flagged.
+/// Errors:      as router/sequence.hpp; on the host a label that is no expert. On the device it contributes nothing, and
+///              one beyond the places is flagged.
 /// Cost:        O(T·E) beside the side rows.
 /// Determinism: a sequence depends on its own rows only; decisions at exact ties agree on all devices.
 /// Example:     tests/adapter/moa.cpp
