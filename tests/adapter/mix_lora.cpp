@@ -303,7 +303,9 @@ TEST_CASE("the mixtral loss of a block reaches router and x, and leaves masked t
   };
   auto saved = engine.forward(be);
   CHECK(balance(saved) > 0.3);
-  CHECK(saved.state.dp(0, 0) != 0);
+  double slopes = 0;
+  for (Index e = 0; e < 5; ++e) slopes += saved.state.dp(0, e);
+  CHECK(slopes > 0);
   for (Index e = 0; e < 5; ++e) CHECK(saved.state.dp(2, e) == 0);
   engine.backward(be, saved);
   Real dx = engine.dx;
