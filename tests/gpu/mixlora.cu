@@ -147,7 +147,7 @@ TEST_CASE("the MixLoRA block on the device is the host's, directly and in a grap
 
 TEST_CASE("a MixLoRA block with bfloat16 activations") { check_block<lm::bfloat16>(3, 0, 0.06f); }
 
-TEST_CASE("a bad expert id contributes nothing to the block and is reported") {
+TEST_CASE("a bad expert id and what experts that are off hold contribute nothing to the block") {
   GpuHarness gpu;
   const lm::gpu::Backend be = gpu.backend();
   constexpr Index T = 3, ff = 5, R = 4;
@@ -157,19 +157,35 @@ TEST_CASE("a bad expert id contributes nothing to the block and is reported") {
   };
   const std::int32_t* const ids = gpu.upload(std::vector<std::int32_t>{0, 7, -1});
   const auto weights = matrix(T, 1, 1), hbar = matrix(T, ff, NAN), z2 = matrix(T, R, NAN);
-  lm::MixExperts<float, float, float, float, device, lm::Major::row> op{
-      matrix(T, R, 1),
-      matrix(T, R, 1),
-      matrix(T, ff, 1),
-      matrix(T, ff, 1),
-      matrix(ff, R, 1),
-      matrix(ff, R, 1),
-      matrix(R, ff, 1),
-      lm::TopKExperts<float, device>{{ids, T, 1}, weights, 2}.form(T, R),
-      1,
-      {},
-      hbar,
-      z2};
+  std::vector<float> open(T * R, NAN);
+  open[0] = open[1] = 1;
+  const lm::MatrixView<float, device> z1{gpu.upload(open), T, R}, z3{gpu.upload(open), T, R};
+  const auto gate = lm::TopKExperts<float, device>{{ids, T, 1}, weights, 2}.form(T, R);
+  const auto u = matrix(T, ff, 1), v = matrix(T, ff, 1), B1 = matrix(ff, R, 1), B3 = matrix(ff, R, 1);
+  const auto A2 = matrix(R, ff, 1), dB1 = matrix(ff, R, NAN), dB3 = matrix(ff, R, NAN), dA2 = matrix(R, ff, NAN);
+  const lm::MixExperts<float, float, float, float, device, lm::Major::row> op{z1, z3,   u, v,  B1,   B3,
+                                                                              A2, gate, 1, {}, hbar, z2};
+  const lm::MixExpertsBackward<float, float, float, float, float, device, lm::Major::row> back{z1,
+                                                                                               z3,
+                                                                                               u,
+                                                                                               v,
+                                                                                               B1,
+                                                                                               B3,
+                                                                                               A2,
+                                                                                               gate,
+                                                                                               1,
+                                                                                               {},
+                                                                                               matrix(T, ff, 1),
+                                                                                               z3,
+                                                                                               matrix(T, ff, NAN),
+                                                                                               matrix(T, ff, NAN),
+                                                                                               matrix(T, R, NAN),
+                                                                                               matrix(T, R, NAN),
+                                                                                               matrix(T, 1, NAN),
+                                                                                               dB1,
+                                                                                               dB3,
+                                                                                               dA2,
+                                                                                               lm::Into::set};
   lm::execute(be, op, gpu.arena(lm::scratch_bytes(be, op)));
   std::vector<float> h(T * ff), z(T * R);
   gpu.download(hbar.data, h);
@@ -180,6 +196,13 @@ TEST_CASE("a bad expert id contributes nothing to the block and is reported") {
   CHECK(z[2] == 0);  // the other expert
   for (std::size_t i = ff; i < h.size(); ++i) CHECK(h[i] == 0);
   for (std::size_t i = R; i < z.size(); ++i) CHECK(z[i] == 0);
+  lm::execute(be, back, gpu.arena(lm::scratch_bytes(be, back)));
+  for (const auto view : {dB1, dB3, dA2, lm::MatrixView<float, device>(back.dz1), back.dz3, back.du, back.dweights}) {
+    std::vector<float> values(static_cast<std::size_t>(view.rows * view.cols));
+    gpu.download(view.data, values);
+    CHECK(values[0] != 0);
+    for (const float value : values) CHECK(value - value == 0);
+  }
   CHECK(gpu.flags().bad_expert_id != 0);
   gpu.clear_flags();
   CHECK(gpu.release());
