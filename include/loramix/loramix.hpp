@@ -10,6 +10,7 @@
 #include <loramix/adapter/lora.hpp>
 #include <loramix/adapter/lora_moe.hpp>
 #include <loramix/adapter/merge.hpp>
+#include <loramix/adapter/mix_lora_forward.hpp>
 #include <loramix/adapter/mola.hpp>
 #include <loramix/adapter/pack.hpp>
 #include <loramix/adapter/shapley.hpp>
