@@ -52,6 +52,27 @@ struct BackwardOptions {
 
 namespace detail {
 
+/// Says, in the reserve, which forward's leavings lie there: a reserve that was used again, and a second backward, are
+/// noticed whatever became of the Saved. On the host; the device's memory is not read.
+struct Stamp {
+  std::uint64_t* cell = nullptr;
+  std::uint64_t number = 0;
+
+  void set() {
+    static std::uint64_t last = 0;
+    number = __atomic_add_fetch(&last, 1, __ATOMIC_RELAXED);
+    *cell = number;
+  }
+  bool holds() const { return cell == nullptr || *cell == number; }
+};
+template <Space S>
+Stamp carve_stamp(Arena<S>& reserve) {
+  if constexpr (S == Space::host)
+    return {reserve.template take<std::uint64_t>(1), 0};
+  else
+    return {};
+}
+
 struct NoState {};
 
 template <class G>
@@ -266,6 +287,7 @@ struct Saved {
   Scores<typename Types::Score, A::space> scores;  // a router's: what losses and telemetry take
   const void* owner = nullptr;                     // parameters this belongs to
   std::uint64_t weights = 0;                       // checksum, in debug builds
+  detail::Stamp stamp;
   bool live = false;
 };
 
@@ -277,6 +299,7 @@ Saved<A> carve_saved(Arena<A::space>& arena, const A& adapter, Index tokens, boo
   using T = ProductOf<A>;
   Saved<A> saved;
   saved.tokens = tokens;
+  if (with_dh) saved.stamp = carve_stamp(arena);
   if (with_u) saved.u = arena.template matrix<typename T::Acc>(tokens, adapter.A().rows);
   if constexpr (T::computed) {
     const auto gate = adapter.gate();
@@ -304,6 +327,15 @@ Index stage_bytes(const Backend& be, const A& adapter, Index tokens) {
   return largest({scratch_bytes(be, shrink), scratch_bytes(be, expand), gate_scratch(be, gate, tokens)});
 }
 
+/// The size of a workspace from its parts; refused where the sum is more than any memory.
+template <class Memory>
+Index sum_with_alignment(Index carved, Index stages) {
+  Memory total = Memory::counting();
+  total.template take<std::byte>(carved);
+  total.template take<std::byte>(stages);
+  return Memory::with_alignment(total.used());
+}
+
 /// What a size query adds for alignment is not needed inside an arena.
 template <class A>
 Index without_alignment(Index bytes) {
@@ -326,7 +358,7 @@ auto form_for_sizes(const A& adapter, Index tokens) {
 /// Which half of a step a size is asked for.
 enum class Pass { forward, backward };
 
-/// Bytes of workspace that any call with at most `tokens` tokens takes.
+/// Bytes of workspace that any call with at most `tokens` tokens takes; what serves a backward serves its forward.
 template <class Backend, ProductAdapter A>
 Index workspace_bytes(const Backend& be, const A& adapter, Index tokens, Pass pass = Pass::forward) {
   using T = detail::ProductOf<A>;
@@ -338,7 +370,7 @@ Index workspace_bytes(const Backend& be, const A& adapter, Index tokens, Pass pa
     Memory counter = Memory::counting();
     detail::carve_saved(counter, adapter, tokens, true, false);
     if (detail::jitter_of(gate) > 0) counter.template matrix<typename T::X>(tokens, adapter.A().cols);
-    return Memory::with_alignment(counter.used() + stages);
+    return detail::sum_with_alignment<Memory>(counter.used(), stages);
   }
   Memory counter = Memory::counting();
   const auto u = counter.template matrix<typename T::Acc>(tokens, adapter.A().rows);  // recomputed
@@ -362,8 +394,10 @@ Index workspace_bytes(const Backend& be, const A& adapter, Index tokens, Pass pa
                                             du, {},   dgate};
   typename T::ShrinkBackwardOp shrink{adapter.A(), T::side(gate), {nullptr, tokens, adapter.A().cols}, {}, du, dh};
   shrink.dropout.p16 = 1;  // as in stage_bytes
-  return Memory::with_alignment(counter.used() +
-                                detail::largest({stages, scratch_bytes(be, expand), scratch_bytes(be, shrink)}));
+  const Index here = detail::sum_with_alignment<Memory>(
+      counter.used(), detail::largest({stages, scratch_bytes(be, expand), scratch_bytes(be, shrink)}));
+  const Index there = workspace_bytes(be, adapter, tokens, Pass::forward);
+  return here > there ? here : there;
 }
 
 /// Bytes of reserve that a saving forward with at most `tokens` tokens takes; Keep says per token what it costs.
@@ -377,6 +411,15 @@ Index reserve_bytes(const A& adapter, Index tokens, Keep keep = Keep::z) {
 
 namespace detail {
 
+/// d_out.
+template <class A>
+Index output_width(const A& adapter) {
+  if constexpr (ProductAdapter<A>)
+    return adapter.B().rows;
+  else
+    return adapter.config().d_out;
+}
+
 /// The checks that every adapter's forward begins with; returns the call's dropout.
 template <class Backend, class A, class X>
 Dropout begin_forward(const Backend& be, const A& adapter, X x, const Arena<A::space>& work,
@@ -385,16 +428,48 @@ Dropout begin_forward(const Backend& be, const A& adapter, X x, const Arena<A::s
   check::view(op, "x", x);
   if (!options.valid.empty()) check::same(op, "valid", "size", options.valid.size, "the number of tokens", x.rows);
   const Dropout dropout = make_dropout(op, adapter.dropout(), options.key);
-  if (options.save != nullptr) {
-    if (adapter.dropout() > 0 && !options.key.on && !options.dropout_off) {
-      fail(check::detail::about(ErrorCode::value, op, "key")
-           << " is missing: the adapter has dropout and activations are saved for training; give .key, or say "
-              ".dropout_off = true");
-    }
-    options.save->require(op, "save", without_alignment<A>(reserve_bytes(adapter, x.rows, options.keep)));
+  const Index work_bytes = without_alignment<A>(workspace_bytes(be, adapter, x.rows));
+  work.require(op, "work", work_bytes);
+  check::disjoint(op, "work", work.next(work_bytes), "x", x);
+  if (options.save == nullptr) return dropout;
+
+  if (adapter.dropout() > 0 && !options.key.on && !options.dropout_off) {
+    fail(check::detail::about(ErrorCode::value, op, "key")
+         << " is missing: the adapter has dropout and activations are saved for training; give .key, or say "
+            ".dropout_off = true");
   }
-  work.require(op, "work", without_alignment<A>(workspace_bytes(be, adapter, x.rows)));
+  const Index kept = without_alignment<A>(reserve_bytes(adapter, x.rows, options.keep));
+  options.save->require(op, "save", kept);
+  check::disjoint(op, "save", options.save->next(kept), "work", work.next(work_bytes));
+  check::disjoint(op, "save", options.save->next(kept), "x", x);
   return dropout;
+}
+/// The same for an adapter that adds to y [T, d_out].
+template <class Backend, class A, class X, class Y>
+Dropout begin_forward(const Backend& be, const A& adapter, X x, Y y, const Arena<A::space>& work,
+                      const ForwardOptions<A::space>& options) {
+  const char* const op = "forward";
+  check::view(op, "x", x);
+  check::same(op, "x", "columns", x.cols, "d_in of the adapter", adapter.A().cols);
+  check::shape(op, "y", y, "the number of tokens", x.rows, "d_out of the adapter", output_width(adapter));
+  check::disjoint(op, "y", y, "x", x);
+  const Dropout dropout = begin_forward(be, adapter, x, work, options);
+  check::disjoint(op, "work", work.next(without_alignment<A>(workspace_bytes(be, adapter, x.rows))), "y", y);
+  if (options.save != nullptr) {
+    const Index kept = without_alignment<A>(reserve_bytes(adapter, x.rows, options.keep));
+    check::disjoint(op, "save", options.save->next(kept), "y", y);
+  }
+  return dropout;
+}
+
+template <class A, class Saved>
+void mark_live(const A& adapter, Saved& saved) {
+  saved.owner = adapter.parameters().data;
+  if constexpr (debug_checks) saved.weights = checksum(adapter);
+  if constexpr (requires { saved.stamp; }) {
+    if (saved.stamp.cell != nullptr) saved.stamp.set();
+  }
+  saved.live = true;
 }
 
 /// A router's scores, where it has any; rows that are tokens get the batch's mask.
@@ -410,18 +485,19 @@ auto scores_of(const Gate& gate, const Saved& saved) {
   return scores;
 }
 
-template <class A, class Saved>
-void mark_live(const A& adapter, Saved& saved) {
-  saved.owner = adapter.parameters().data;
-  if constexpr (debug_checks) saved.weights = checksum(adapter);
-  saved.live = true;
+/// After backward: this Saved, and every copy of it, is spent.
+template <class Saved>
+void spend(Saved& saved) {
+  if constexpr (requires { saved.stamp; }) {
+    if (saved.stamp.cell != nullptr) *saved.stamp.cell = 0;
+  }
+  saved.live = false;
 }
 
-/// The checks that every adapter's backward begins with.
-template <class Backend, class A, class Saved, class X>
-void begin_backward(const Backend& be, const A& adapter, const Saved& saved, X x, const Arena<A::space>& work) {
+/// That `saved` is what this adapter's forward left for `tokens` tokens, and nobody has spent it.
+template <class A, class Saved>
+void check_saved(const A& adapter, const Saved& saved, Index tokens) {
   const char* const op = "backward";
-  check::view(op, "x", x);
   if (!saved.live) {
     fail(check::detail::about(ErrorCode::state, op, "saved")
          << " is spent: forward saved nothing, or backward has run before");
@@ -429,13 +505,52 @@ void begin_backward(const Backend& be, const A& adapter, const Saved& saved, X x
   if (saved.owner != adapter.parameters().data) {
     fail(check::detail::about(ErrorCode::state, op, "saved") << " comes from another adapter's forward");
   }
-  check::same(op, "x", "rows", x.rows, "the number of tokens of saved", saved.tokens);
+  if constexpr (requires { saved.stamp; }) {
+    if (!saved.stamp.holds()) {
+      fail(check::detail::about(ErrorCode::state, op, "saved")
+           << " is gone from the reserve: another forward has used it since, or backward has run on a copy");
+    }
+  }
+  check::same(op, "x", "rows", tokens, "the number of tokens of saved", saved.tokens);
   if constexpr (debug_checks) {
-    if (saved.weights != checksum(adapter)) {
+    // 0: forward ran in a unit compiled with NDEBUG.
+    if (saved.weights != 0 && saved.weights != checksum(adapter)) {
       fail(check::detail::about(ErrorCode::state, op, "the adapter") << " changed its weights since forward");
     }
   }
-  work.require(op, "work", without_alignment<A>(workspace_bytes(be, adapter, x.rows, Pass::backward)));
+}
+
+/// The workspace of a backward, as large as it must be and apart from x.
+template <class Backend, class A, class X>
+MatrixView<const std::byte, A::space> backward_memory(const Backend& be, const A& adapter, X x,
+                                                      const Arena<A::space>& work) {
+  const Index bytes = without_alignment<A>(workspace_bytes(be, adapter, x.rows, Pass::backward));
+  work.require("backward", "work", bytes);
+  check::disjoint("backward", "work", work.next(bytes), "x", x);
+  return work.next(bytes);
+}
+
+/// The checks that every adapter's backward begins with.
+template <class Backend, class A, class Saved, class X>
+void begin_backward(const Backend& be, const A& adapter, const Saved& saved, X x, const Arena<A::space>& work) {
+  check::view("backward", "x", x);
+  check_saved(adapter, saved, x.rows);
+  backward_memory(be, adapter, x, work);
+}
+/// The same for an adapter that reads dy [T, d_out] and saved its U.
+template <class Backend, class A, class Saved, class X, class Y, class D>
+void begin_backward(const Backend& be, const A& adapter, const Saved& saved, X x, Y dy, D dx,
+                    const Arena<A::space>& work) {
+  const char* const op = "backward";
+  check::view(op, "x", x);
+  check_saved(adapter, saved, x.rows);
+  check::same(op, "x", "columns", x.cols, "d_in of the adapter", adapter.A().cols);
+  check::view(op, "dx", dx);
+  check::shape(op, "dy", dy, "the number of tokens", x.rows, "d_out of the adapter", output_width(adapter));
+  const auto memory = backward_memory(be, adapter, x, work);
+  check::disjoint(op, "work", memory, "dy", dy);
+  check::disjoint(op, "work", memory, "dx", dx);
+  check::disjoint(op, "work", memory, "saved", saved.u);
 }
 
 /// Whether parameters are trained; refuses anything but the adapter's own gradient or lm::frozen.
@@ -458,7 +573,7 @@ Saved<A> forward(const Backend& be, const A& adapter, MatrixView<const typename 
   const auto gate = adapter.gate();
   const Index tokens = x.rows, ranks = adapter.B().cols;
   const bool save = options.save != nullptr, keep_u = save && options.keep == Keep::z;
-  const Dropout dropout = detail::begin_forward(be, adapter, x, work, options);
+  const Dropout dropout = detail::begin_forward(be, adapter, x, y, work, options);
 
   const GateCall<A::space> call{
       tokens, {options.sequences, options.tasks, options.labels, options.valid}, options.key, options.selection_bias};
@@ -474,7 +589,6 @@ Saved<A> forward(const Backend& be, const A& adapter, MatrixView<const typename 
   if (jitter > 0) router = T::split_router(work, shrink);
   const typename T::ExpandOp expand{
       u, T::form(gate, saved.state, call, ranks), adapter.B(), typename T::Acc(adapter.scale()), y, options.into};
-  check::disjoint("forward", "y", y, "x", x);
   shrink.check();
   expand.check();
 
@@ -507,7 +621,7 @@ void backward(const Backend& be, const A& adapter, Saved<A>& saved,
   using T = detail::ProductOf<A>;
   constexpr bool trained = detail::check_gradient_type<A, Gradient>();
   const Index tokens = x.rows, ranks = adapter.B().cols;
-  detail::begin_backward(be, adapter, saved, x, work);
+  detail::begin_backward(be, adapter, saved, x, dy, dx, work);
 
   const auto gate = adapter.gate();
   const bool recompute = saved.u.data == nullptr;
@@ -565,7 +679,7 @@ void backward(const Backend& be, const A& adapter, Saved<A>& saved,
     if (dx.data != nullptr) detail::jitter_rows<T>(be, jitter, saved.call.key, router.dx, dx, Into::add);
   }
   if constexpr (trained) by_rank.add_to(be, adapter, grad, options.parameters);
-  saved.live = false;
+  detail::spend(saved);
 }
 
 }  // namespace LORAMIX_ABI

@@ -33,6 +33,7 @@ struct FusedSaved {
   MatrixView<typename A::precision::accumulation, A::space> u;  // [T, R_a]; empty with Keep::recompute
   const void* owner = nullptr;
   std::uint64_t weights = 0;
+  detail::Stamp stamp;
   bool live = false;
 };
 
@@ -85,6 +86,7 @@ struct FusedOps {
 template <FusedAdapter A>
 Index reserve_bytes(const A& adapter, Index tokens, Keep keep = Keep::z) {
   Arena<A::space> counter = Arena<A::space>::counting();
+  detail::carve_stamp(counter);
   if (keep == Keep::z) {
     counter.template matrix<typename A::precision::accumulation>(tokens, adapter.config().rows_of_A());
   }
@@ -112,7 +114,7 @@ Index workspace_bytes(const Backend& be, const A& adapter, Index tokens, Pass pa
     }
     larger(scratch_bytes(be, typename Ops::ShrinkBackwardOp{adapter.A(), {}, x, {}, du, {}, {}, {}, {}}));
   }
-  return Arena<A::space>::with_alignment(counter.used() + stage);
+  return detail::sum_with_alignment<Arena<A::space>>(counter.used(), stage);
 }
 
 /// y[:, slice i] (+)= s U_i B_iᵀ. Returns what backward needs where `options.save` is given.
@@ -123,12 +125,11 @@ FusedSaved<A> forward(const Backend& be, const A& adapter,
                       ForwardOptions<A::space> options = {}) {
   using Ops = detail::FusedOps<A>;
   const Index tokens = x.rows;
-  const Dropout dropout = detail::begin_forward(be, adapter, x, work, options);
-  check::shape("forward", "y", y, "the number of tokens", tokens, "d_out of the adapter", adapter.config().d_out);
-  check::disjoint("forward", "y", y, "x", x);
+  const Dropout dropout = detail::begin_forward(be, adapter, x, y, work, options);
 
   Arena<A::space> reserve = options.save != nullptr ? *options.save : Arena<A::space>{};
   const bool keep_u = options.save != nullptr && options.keep == Keep::z;
+  const detail::Stamp stamp = options.save != nullptr ? detail::carve_stamp(reserve) : detail::Stamp{};
   const auto u = (keep_u ? reserve : work).template matrix<typename Ops::Acc>(tokens, adapter.config().rows_of_A());
   const typename Ops::ShrinkOp shrink{adapter.A(), {}, x, dropout, u, {}};
   shrink.check();
@@ -145,6 +146,7 @@ FusedSaved<A> forward(const Backend& be, const A& adapter,
   FusedSaved<A> saved;
   saved.tokens = tokens;
   saved.dropout = dropout;
+  saved.stamp = stamp;
   if (keep_u) saved.u = u;
   detail::mark_live(adapter, saved);
   return saved;
@@ -161,8 +163,7 @@ void backward(const Backend& be, const A& adapter, FusedSaved<A>& saved,
   using Acc = typename Ops::Acc;
   constexpr bool trained = detail::check_gradient_type<A, Gradient>();
   const Index tokens = x.rows, rank = adapter.config().rank, slices = adapter.config().slices.size();
-  detail::begin_backward(be, adapter, saved, x, work);
-  check::shape("backward", "dy", dy, "the number of tokens", tokens, "d_out of the adapter", adapter.config().d_out);
+  detail::begin_backward(be, adapter, saved, x, dy, dx, work);
 
   const bool recompute = saved.u.data == nullptr;
   const auto u = recompute ? work.template matrix<Acc>(tokens, adapter.config().rows_of_A()) : saved.u;
@@ -183,6 +184,7 @@ void backward(const Backend& be, const A& adapter, FusedSaved<A>& saved,
   for (Index i = 0; i < slices; ++i) slice_backward(i).check();
 
   if (recompute) detail::run_checked(be, typename Ops::ShrinkOp{adapter.A(), {}, x, saved.dropout, u, {}}, work);
+  if (slices == 0) for_rows<A::space>(be, tokens, detail::CopyRow<Acc, A::space>{{}, du});  // nobody else writes dU
   for (Index i = 0; i < slices; ++i) {
     detail::run_checked(be, slice_backward(i), work);
     // Slices that share U add into one dU, in order.
@@ -192,7 +194,7 @@ void backward(const Backend& be, const A& adapter, FusedSaved<A>& saved,
                        Store{part, du.block(0, tokens, adapter.first_rank(i), rank), first ? Into::set : Into::add});
   }
   detail::run_checked(be, shrink, work);
-  saved.live = false;
+  detail::spend(saved);
 }
 
 /// Folds every slice into its rows of W.

@@ -52,6 +52,7 @@ inline const LoraConfig& checked(const char* op, const LoraConfig& config) {
   check::at_least(op, "d_out", config.d_out, 0);
   check::at_least(op, "rank", config.rank, 0);
   dropout_p16(op, config.dropout);
+  if (!is_finite(config.alpha)) fail(check::detail::about(ErrorCode::value, op, "alpha") << " is not finite");
   return config;
 }
 /// The same for a mixture: `experts` of `rank` each.

@@ -16,6 +16,7 @@
 #include <loramix/core/adapter.hpp>
 #include <loramix/core/arena.hpp>
 #include <loramix/gate/batch.hpp>
+#include <loramix/gate/gates.hpp>
 
 namespace loramix {
 inline namespace LORAMIX_ABI {
@@ -56,7 +57,7 @@ template <class View>
 void check_finite(const char* op, const char* name, View v) {
   for (Index i = 0; i < v.rows; ++i) {
     for (Index j = 0; j < v.cols; ++j) {
-      if (std::isfinite(widen<double>(v(i, j)))) continue;
+      if (is_finite(v(i, j))) continue;
       fail(check::detail::about(ErrorCode::value, op, name) << " is not finite at [" << i << ", " << j << "]");
     }
   }
@@ -103,6 +104,10 @@ template <class A, class T>
 void check_merge(const A& adapter, MatrixView<T> weights) {
   const auto down = adapter.A();
   const auto up = adapter.B();
+  if (down.rows != up.cols && (down.rows == 0 || up.cols % down.rows != 0)) {
+    fail(check::detail::about(ErrorCode::shape, "merge", "A")
+         << " has " << down.rows << " rows, which do not divide the " << up.cols << " ranks of B");
+  }
   check::shape("merge", "weights", weights, "d_out of the adapter", up.rows, "d_in of the adapter", down.cols);
   check::disjoint("merge", "weights", weights, "A", down);
   check::disjoint("merge", "weights", weights, "B", up);
@@ -129,7 +134,7 @@ Buffer<double> gate_of_task(const Backend& be, const A& adapter, Index task) {
   for (Index j = 0; j < form.ranks; ++j) {
     const Index e = form.expert_of(j);
     factors[j] = row.open(j, e) ? static_cast<double>(row.factor(j, e)) : 0.0;
-    if (std::isfinite(factors[j])) continue;
+    if (is_finite(factors[j])) continue;
     fail(check::detail::about(ErrorCode::value, "merge", "the gate of task") << " " << task << " is not finite");
   }
   return factors;
@@ -148,6 +153,8 @@ Merged<T> merge(const Backend& be, const A& adapter, MatrixView<T> weights) {
   using Gate = decltype(adapter.gate());
   static_assert(Gate::facts.token_invariant,
                 "loramix: this adapter's gate depends on the token: no exact merge exists");
+  static_assert((Gate::facts.slots & ~static_cast<unsigned>(Slots::rank_scale)) == 0,
+                "loramix: merge folds a gate's rank scale; this gate fills other slots of the normal form");
   detail::check_merge(adapter, weights);
   const auto up = adapter.B();
   Merged<T> merged(weights, {});

@@ -43,8 +43,10 @@ class Packed {
   }
 
   const Values& values() const { return values_; }
-  bool is_current(const A& adapter) const { return source_ == detail::checksum(adapter); }
-  void require_current(const A& adapter) const {
+  bool is_current(const A& adapter) const requires(A::space == Space::host) {
+    return source_ == detail::checksum(adapter);
+  }
+  void require_current(const A& adapter) const requires(A::space == Space::host) {
     if (is_current(adapter)) return;
     fail(check::detail::about(ErrorCode::state, "packed", "the adapter") << " has changed since it was packed");
   }

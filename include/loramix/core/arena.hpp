@@ -87,6 +87,11 @@ class Arena {
   /// Frees everything taken so far: what pointed there is dead.
   void reset() { used_ = 0; }
 
+  /// The next `bytes` that take() would hand out, for checks that what an op reads or writes lies elsewhere.
+  MatrixView<const std::byte, S> next(Index bytes) const {
+    return {memory_ == nullptr ? nullptr : memory_ + used_, memory_ == nullptr ? 0 : 1, bytes};
+  }
+
   /// Refuses to begin `op` with less than `bytes`.
   void require(const char* op, const char* argument, Index bytes) const {
     if (bytes > left()) too_small(op, argument, bytes);

@@ -1,21 +1,25 @@
 /// Everything that depends on the compiler: the two public macros, and every `#if` of the library.
 ///
-///   LORAMIX_ABI  name of the inline namespace: major version, instruction set, CUDA architectures. Two translation
-///                units compiled for different machines then hold different functions instead of sharing one body
-///                by link order.
+///   LORAMIX_ABI  name of the inline namespace: major version, instruction set, CUDA architectures, exceptions off. Two
+///                translation units compiled for different machines then hold different functions instead of sharing one
+///                body by link order.
 ///   LORAMIX_HD   marks a function that also runs on the device.
 #pragma once
 
 #if defined(__AVX512F__) && defined(__AMX_TILE__)
 #define LORAMIX_DETAIL_ISA v0_avx512_amx
-#elif defined(__AVX512F__)
+#elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define LORAMIX_DETAIL_ISA v0_avx512
+#elif defined(__AVX512F__)
+#define LORAMIX_DETAIL_ISA v0_avx512f
 #elif defined(__AVX2__) && defined(__FMA__)
 #define LORAMIX_DETAIL_ISA v0_avx2_fma
 #elif defined(__AVX2__)
 #define LORAMIX_DETAIL_ISA v0_avx2
 #elif defined(__AVX__)
 #define LORAMIX_DETAIL_ISA v0_avx
+#elif defined(__SSE4_2__)
+#define LORAMIX_DETAIL_ISA v0_sse42
 #elif defined(__SSE2__)
 #define LORAMIX_DETAIL_ISA v0_sse2
 #elif defined(__ARM_NEON)
@@ -40,7 +44,13 @@
 #define LORAMIX_ABI LORAMIX_DETAIL_EXPAND(LORAMIX_DETAIL_ISA, __CUDA_ARCH_LIST__)
 #else
 #define LORAMIX_HD
+#if defined(__cpp_exceptions)
 #define LORAMIX_ABI LORAMIX_DETAIL_ISA
+#else
+#define LORAMIX_DETAIL_WITHOUT(isa) isa##_noexceptions
+#define LORAMIX_DETAIL_EXPAND(isa) LORAMIX_DETAIL_WITHOUT(isa)
+#define LORAMIX_ABI LORAMIX_DETAIL_EXPAND(LORAMIX_DETAIL_ISA)
+#endif
 #endif
 
 namespace loramix {

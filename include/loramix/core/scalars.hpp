@@ -112,5 +112,11 @@ LORAMIX_HD inline Acc widen(From v) {
   return narrow<Acc>(v);
 }
 
+/// Whether v is neither NaN nor infinite, asked of the bits: it holds under -ffast-math too.
+template <class T>
+LORAMIX_HD inline bool is_finite(T v) {
+  return (detail::bit_cast<std::uint64_t>(widen<double>(v)) >> 52 & 0x7ffu) != 0x7ffu;
+}
+
 }  // namespace LORAMIX_ABI
 }  // namespace loramix

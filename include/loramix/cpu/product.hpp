@@ -5,6 +5,9 @@
 /// of rows otherwise). 16-bit values are widened before Eigen sees them. Sums over tokens run tile after tile inside
 /// one job, so that no number of threads changes a bit.
 #pragma once
+#include <cstdio>
+#include <cstdlib>
+
 #include <loramix/core/precision.hpp>
 #include <loramix/cpu/gemm.hpp>
 #include <loramix/cpu/rows.hpp>
@@ -60,9 +63,18 @@ struct Lanes {
   typename Lane<Acc>::Sizes sizes;
   MatrixView<Acc> memory;  // [lanes, total]
   Lanes(Arena<>& arena, Index lanes, typename Lane<Acc>::Sizes s) : sizes(round_up(s)) {
+    check::at_least("executor", "lanes()", lanes, 1);
     memory = arena.matrix<Acc>(lanes, sizes.total());
   }
-  Lane<Acc> operator[](Index lane) const { return {memory.row(lane), sizes}; }
+  Lane<Acc> operator[](Index lane) const {
+    // Not an Error: jobs must not throw, and a wrong lane is somebody else's memory.
+    if (lane < 0 || lane >= memory.rows) {
+      std::fprintf(stderr, "loramix: executor: lane %lld, but lanes() is %lld\n", static_cast<long long>(lane),
+                   static_cast<long long>(memory.rows));
+      std::abort();
+    }
+    return {memory.row(lane), sizes};
+  }
 
  private:
   static typename Lane<Acc>::Sizes round_up(typename Lane<Acc>::Sizes s) {

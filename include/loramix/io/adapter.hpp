@@ -66,25 +66,12 @@ namespace detail {
 inline constexpr const char* adapter_key = "loramix.adapter.";
 inline constexpr const char* version_key = "loramix.version";
 
-/// Whether a value is a number, from its bits: -ffast-math has no say.
-template <class T>
-bool finite(T value) {
-  if constexpr (std::is_same_v<T, bfloat16>)
-    return (value.bits & 0x7f80u) != 0x7f80u;
-  else if constexpr (std::is_same_v<T, half>)
-    return (value.bits & 0x7c00u) != 0x7c00u;
-  else if constexpr (std::is_same_v<T, float>)
-    return (loramix::detail::bit_cast<std::uint32_t>(value) & 0x7f800000u) != 0x7f800000u;
-  else
-    return (loramix::detail::bit_cast<std::uint64_t>(static_cast<double>(value)) >> 52 & 0x7ffu) != 0x7ffu;
-}
-
 /// "[row, column]" of the first value that is not finite, or nothing.
 template <class View>
 std::string first_not_finite(View view) {
   for (Index i = 0; i < view.rows; ++i) {
     for (Index j = 0; j < view.cols; ++j) {
-      if (!finite(view(i, j))) return "[" + std::to_string(i) + ", " + std::to_string(j) + "]";
+      if (!is_finite(view(i, j))) return "[" + std::to_string(i) + ", " + std::to_string(j) + "]";
     }
   }
   return {};
@@ -124,7 +111,7 @@ std::string field_from_json(const nlohmann::json& value, T& field) {
   } else if constexpr (std::is_floating_point_v<T>) {
     if (!value.is_number()) return "must be a number";
     field = value.get<T>();
-    if (!finite(field)) return "is too large for its type";
+    if (!is_finite(field)) return "is too large for its type";
   } else {
     if (!value.is_number_integer()) return "must be a whole number";
     const bool fits =
@@ -464,7 +451,7 @@ class AdapterWriter {
     if (module.empty()) fail(check::detail::about(ErrorCode::value, "io::save", "the module's name") << " is empty");
     detail::Entry entry{A::kind, detail::fields_of<A>(adapter.config())};
     for (const detail::Fields::value_type& field : entry.config) {
-      if (!field.second.is_number_float() || detail::finite(field.second.get<double>())) continue;
+      if (!field.second.is_number_float() || is_finite(field.second.get<double>())) continue;
       fail(check::detail::about(ErrorCode::value, "io::save", field.first.c_str()) << " of the config is not finite");
     }
     if (!metadata_.emplace(detail::adapter_key + module, detail::entry_text(entry)).second) {

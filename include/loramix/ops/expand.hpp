@@ -68,6 +68,7 @@ struct ExpandBackward {
     check_form(name, gate, u.rows, B.cols);
     detail::check_shared(name, u.cols, B.cols, gate.experts, gate.rank_offsets != nullptr);
     check_gradient(name, gate, dgate);
+    check::view(name, "dB", dB);
     if (dB.data != nullptr) check::shape(name, "dB", dB, "d_out of B", B.rows, "the ranks of B", B.cols);
     const auto written = [this](const char* what, auto view) {
       check::disjoint(name, what, view, "dy", dy);

@@ -72,6 +72,9 @@ struct ShrinkBackward {
       check::shape(name, "side", side, "its rows", side.rows, "d_in of A", A.cols);
       check::shape(name, "dh", dh, "the number of tokens", x.rows, "the rows of side", side.rows);
     }
+    check::view(name, "dA", dA);
+    check::view(name, "dside", dside);
+    check::view(name, "dx", dx);
     if (dA.data != nullptr) check::shape(name, "dA", dA, "the rows of A", A.rows, "d_in of A", A.cols);
     if (dside.data != nullptr) check::shape(name, "dside", dside, "the rows of side", side.rows, "d_in", A.cols);
     if (dx.data != nullptr) check::shape(name, "dx", dx, "the number of tokens", x.rows, "d_in of A", A.cols);

@@ -131,6 +131,7 @@ class AdamW {
   explicit AdamW(const A& adapter, const AdamWOptions& options = {})
       : ranges_(detail::flat_ranges("AdamW", adapter, options.groups, options.weight_decay)),
         with_{options.lr, options.beta1, options.beta2, options.eps, 0, 0},
+        layout_(detail::layout_of(adapter)),
         m_(adapter.parameters().size),
         v_(adapter.parameters().size),
         master_(is_16bit<typename A::element> ? adapter.parameters().size : 0) {
@@ -150,7 +151,7 @@ class AdamW {
   /// One step. With a `guard` that says not finite nothing but the count of steps changes.
   template <class Backend>
   void step(const Backend& be, A& adapter, const gradient_t<A>& gradient, const Clip* guard = nullptr) {
-    detail::check_step("AdamW", adapter, gradient, m_.size());
+    detail::check_step("AdamW", adapter, gradient, m_.size(), layout_);
     ++with_.t;
     const auto weights = adapter.parameters();
     const auto slopes = gradient.parameters();
@@ -177,6 +178,7 @@ class AdamW {
  private:
   std::vector<detail::FlatRange> ranges_;
   AdamWStep with_;
+  std::uint64_t layout_;
   Buffer<State, A::space> m_, v_, master_;
 };
 

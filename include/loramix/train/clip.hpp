@@ -78,7 +78,7 @@ struct ClipResultRow {
     team.once([&] {
       const double total = first ? sum : result->norm + sum;
       result->norm = last ? std::sqrt(total) : total;
-      result->finite = total - total == 0;
+      result->finite = is_finite(total);
       result->scale = last && result->finite && result->norm > max_norm ? max_norm / result->norm : 1;
     });
   }

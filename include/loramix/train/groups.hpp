@@ -18,6 +18,7 @@
 #include <vector>
 
 #include <loramix/core/adapter.hpp>
+#include <loramix/core/draws.hpp>
 
 namespace loramix {
 inline namespace LORAMIX_ABI {
@@ -158,12 +159,27 @@ std::vector<FlatRange> flat_ranges(const char* op, const A& adapter, const std::
   return ranges;
 }
 
+/// Names and shapes of parameters, in one number.
+template <class A>
+std::uint64_t layout_of(const A& adapter) {
+  std::uint64_t hash = site("");
+  A::visit(adapter, [&hash](const char* name, auto view, ParameterGroup) {
+    hash = site(name, hash);
+    for (const Index size : {view.rows, view.cols}) hash = fold(hash, static_cast<std::uint64_t>(size));
+  });
+  return hash;
+}
+
 /// The flat buffers that a step is given are those of the adapter the optimiser was made for.
 template <class A, class G>
-void check_step(const char* op, const A& adapter, const G& gradient, Index size) {
+void check_step(const char* op, const A& adapter, const G& gradient, Index size, std::uint64_t layout) {
   check::same(op, "adapter", "size", adapter.parameters().size, "the size of the one this optimiser was made for",
               size);
   check::same(op, "gradient", "size", gradient.parameters().size, "the size of the adapter's parameters", size);
+  if (layout_of(adapter) != layout || layout_of(gradient) != layout) {
+    fail(check::detail::about(ErrorCode::shape, op, layout_of(adapter) != layout ? "adapter" : "gradient")
+         << " has parameters of other shapes than the adapter this optimiser was made for");
+  }
 }
 
 }  // namespace detail

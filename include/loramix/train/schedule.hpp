@@ -23,7 +23,7 @@ template <class Fall>
 double scheduled(const char* op, double base, double floor, Index warmup, Index total, Index step, const Fall& fall) {
   check::at_least(op, "step", step, 0);
   check::at_least(op, "warmup", warmup, 0);
-  check::at_least(op, "total", total, warmup);
+  check::at_least(op, "total", total, warmup > 1 ? warmup : 1);
   if (step < warmup) return base * (static_cast<double>(step + 1) / static_cast<double>(warmup));
   if (step >= total) return floor;
   return floor + (base - floor) * fall(static_cast<double>(step - warmup) / static_cast<double>(total - warmup));

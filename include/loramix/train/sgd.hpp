@@ -105,6 +105,7 @@ class Sgd {
   explicit Sgd(const A& adapter, const SgdOptions& options = {})
       : ranges_(detail::flat_ranges("Sgd", adapter, options.groups, options.weight_decay)),
         with_{options.lr, options.momentum, 0},
+        layout_(detail::layout_of(adapter)),
         size_(adapter.parameters().size),
         b_(options.momentum != 0 ? size_ : 0),
         master_(is_16bit<typename A::element> ? size_ : 0) {
@@ -122,7 +123,7 @@ class Sgd {
   /// One step; none with a `guard` that says not finite.
   template <class Backend>
   void step(const Backend& be, A& adapter, const gradient_t<A>& gradient, const Clip* guard = nullptr) {
-    detail::check_step("Sgd", adapter, gradient, size_);
+    detail::check_step("Sgd", adapter, gradient, size_, layout_);
     const auto weights = adapter.parameters();
     const auto slopes = gradient.parameters();
     for (const detail::FlatRange& range : ranges_) {
@@ -140,6 +141,7 @@ class Sgd {
  private:
   std::vector<detail::FlatRange> ranges_;
   SgdStep with_;
+  std::uint64_t layout_;
   Index size_;
   Buffer<State, A::space> b_, master_;
 };
