@@ -1,11 +1,13 @@
 /// MOELoRA: a mixture of small LoRA experts, weighted by the task.
 ///
-/// Computes:    ΔY = s Σ_e g_{τ,e} (X̂ A_eᵀ) B_eᵀ, g_τ = softmax(W_g e_τ) (router/task.hpp); every expert has r/E of the
+/// Computes:    ΔY = s Σ_e g_{τ,e} (X̂ A_eᵀ) B_eᵀ, g_τ = softmax(W_g e_τ) (router/task.hpp); every expert has r/E of
+///              the
 ///              total rank r, s = α/r. `shared_A`: all experts read one A of r/E rows (HydraLoRA gated by the task).
 /// Source:      MOELoRA, Liu et al. 2023 (arXiv 2310.18339): A ~ N(0, 0.01²), embeddings N(0, 1) of 64 values.
 /// Parameters:  lora_A.weight [r or r/E, d_in], lora_B.weight [d_out, r], lora_task_embedding.weight [tasks, dim],
 ///              lora_gate.weight [E, dim].
-/// Errors:      sizes below 0, no task, no expert, a rank that E does not divide, dropout outside [0, 1); a batch without
+/// Errors:      sizes below 0, no task, no expert, a rank that E does not divide, dropout outside [0, 1); a batch
+///              without
 ///              tasks.
 /// Cost:        LoRA of rank r, and a few operations per task.
 /// Determinism: adapter/forward.hpp

@@ -1,10 +1,13 @@
 /// MoRE: one LoRA whose leading ranks are nested experts; every task chooses how many it uses.
 ///
-/// Computes:    ΔY = s · law · m · X̂ A[:r_τ]ᵀ B[:, :r_τ]ᵀ, r_τ = argmax softmax(W_g e_τ + b_g) + 1 (router/rank_selector.hpp);
+/// Computes:    ΔY = s · law · m · X̂ A[:r_τ]ᵀ B[:, :r_τ]ᵀ, r_τ = argmax softmax(W_g e_τ + b_g) + 1
+///              (router/rank_selector.hpp);
 ///              s = α/r_max. The law lr_linear multiplies the gradients of A[j] and B[:, j] by j/r_max, j from 1.
-/// Source:      MoRE (arXiv 2505.22694), equations 3 to 7: e ~ N(0, 0.01²). Without task_embedding (ablation) a task has a
+/// Source:      MoRE (arXiv 2505.22694), equations 3 to 7: e ~ N(0, 0.01²). Without task_embedding (ablation) a task
+///              has a
 ///              free row of r_max logits.
-/// Parameters:  lora_A.weight [r_max, d_in], lora_B.weight [d_out, r_max], task_embedding.weight [tasks, d_in or r_max],
+/// Parameters:  lora_A.weight [r_max, d_in], lora_B.weight [d_out, r_max], task_embedding.weight [tasks, d_in or
+///              r_max],
 ///              gate.weight [r_max, d_in], gate.bias [1, r_max].
 /// Errors:      sizes below 0, no task, no rank, dropout outside [0, 1); a batch without tasks.
 /// Cost:        LoRA of rank r_max, and 2·tasks·r_max·d_in flop for the selector.
