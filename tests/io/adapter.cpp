@@ -87,7 +87,7 @@ void fill(A& adapter, std::uint64_t site) {
         do {
           const std::uint64_t bits = random();
           std::memcpy(&view(i, j), &bits, sizeof(T));
-        } while (!lm::io::detail::finite(view(i, j)));
+        } while (!lm::is_finite(view(i, j)));
       }
     }
   });
