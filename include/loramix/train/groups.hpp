@@ -165,7 +165,8 @@ std::uint64_t layout_of(const A& adapter) {
   std::uint64_t hash = site("");
   A::visit(adapter, [&hash](const char* name, auto view, ParameterGroup) {
     hash = site(name, hash);
-    for (const Index size : {view.rows, view.cols}) hash = fold(hash, static_cast<std::uint64_t>(size));
+    hash = fold(hash, static_cast<std::uint64_t>(view.rows));
+    hash = fold(hash, static_cast<std::uint64_t>(view.cols));
   });
   return hash;
 }
