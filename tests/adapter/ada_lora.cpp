@@ -57,10 +57,12 @@ TEST_CASE("the scale per active rank, and its limits") {
 }
 
 TEST_CASE("MATH 4: the budget: b(n_i) = b_0, b(N − n_f) = b_T, cubic between, floored") {
+  // [budget]
   const lm::AdaBudgetOptions o{
       .total_steps = 100, .initial_steps = 10, .final_steps = 20, .initial_budget = 48.5, .final_budget = 12.25};
   CHECK(lm::budget_at(o, 0) == 48);
   CHECK(lm::budget_at(o, 10) == 48);
+  // [/budget]
   CHECK(lm::budget_at(o, 80) == 12);
   CHECK(lm::budget_at(o, 1000) == 12);
   CHECK(lm::budget_at(o, 45) == static_cast<Index>(std::floor(12.25 + 36.25 / 8)));
@@ -174,6 +176,7 @@ TEST_CASE("pruning: the best over all layers stay, ties go to the lower layer an
   CHECK(grad.lambda()(0, 2) != 0);
   std::vector<A*> one{&b.adapter};
   std::vector<Gradient*> g{&grad};
+  // [prune]
   lm::AdaBudget<A> budget(one, {.total_steps = 10, .interval = 3, .initial_budget = 5, .final_budget = 5});
   b.adapter.lambda()(0, 2) -= 0.1 * grad.lambda()(0, 2);
   const double back = b.adapter.lambda()(0, 2);
@@ -181,6 +184,7 @@ TEST_CASE("pruning: the best over all layers stay, ties go to the lower layer an
   CHECK_FALSE(budget.prune(be, one, 2));
   CHECK(budget.prune(be, one, 3));
   CHECK(b.adapter.lambda()(0, 2) == back);
+  // [/prune]
 }
 
 TEST_CASE(
@@ -191,10 +195,12 @@ TEST_CASE(
     for (Gradient& g : l.gradients) g = Gradient(g.config());
     Memory memory(lm::orthogonality_bytes<A>(3));
     double value = nan;
+    // [orthogonality]
     const lm::OrthogonalityOptions options{.weight = 0.5, .squared = squared};
     const std::span<A* const> layers(l.layers);
     const std::span<Gradient* const> grads(l.grads);
     lm::orthogonality_loss(be, layers, grads, options, {&value, 1}, memory.arena());
+    // [/orthogonality]
     const auto literal = [&] {
       double sum = 0;
       for (const A& a : l.adapters) sum += reference::orthogonality(grid(a.A()), grid(a.B()), squared) / 3;

@@ -70,10 +70,12 @@ TEST_CASE("the engine's own X Wᵀ in y: one product with W, and dY passed on") 
   auto saved_all = c.forward(delta, {.save = &reserve, .key = c.b.key});
   lm::backward(c.b.be, c.b.adapter, c.base, saved_all, c.b.x, c.b.dy, dx_all, grad_all, c.b.work.arena());
   reserve.reset();
+  // [in-y]
   c.base.in_y = true;
   auto saved = c.forward(y, {.save = &reserve, .key = c.b.key});
   c.base.passed = passed;
   lm::backward(c.b.be, c.b.adapter, c.base, saved, c.b.x, c.b.dy, dx, grad, c.b.work.arena());
+  // [/in-y]
   check_close(y, reference::plus(base, 1, grid(delta)), 1e-12);
   for (Index i = 0; i < grad.parameters().size; ++i) {
     CHECK(std::abs(grad.parameters()[i] - grad_all.parameters()[i]) <= 1e-12);
@@ -87,9 +89,11 @@ TEST_CASE("the engine's own X Wᵀ in y: one product with W, and dY passed on") 
 TEST_CASE("DoRA at its start equals the base bit for bit, and m starts at the norms (PEERS 6.2)") {
   for (const Index tokens : {1, 70}) {
     Beside<float> c(tokens, false);
+    // [start]
     lm::initialise(c.b.adapter, {.seed = 3});
     CHECK(std::isnan(c.b.adapter.magnitude()(0, 0)));
     lm::start_magnitude(c.b.be, c.b.adapter, c.base);
+    // [/start]
     const auto n = c.norms();
     for (Index i = 0; i < 11; ++i) CHECK(std::abs(c.b.adapter.magnitude()(0, i) - n[i]) <= 1e-6 * n[i]);
     auto y = c.b.zeros_y();

@@ -43,11 +43,13 @@ TEST_CASE("output form in place: y becomes l ∘ X Wᵀ, dy becomes what the eng
     Layer layer(tokens, false);
     auto y = Layer::matrix(base_output(grid(layer.x), grid(layer.weights)));
     lm::Arena<> reserve = layer.reserve.arena();
+    // [in-place]
     auto saved = lm::forward(layer.be, layer.adapter, y, y, layer.work.arena(), {.save = &reserve});
     check_close(y, layer.want(), 1e-12);
     auto grad = lm::zeros_like(layer.adapter);
     auto passed = layer.dy;
     lm::backward(layer.be, layer.adapter, saved, y, passed, passed, grad, layer.work.arena());
+    // [/in-place]
     auto dx = Layer::matrix(reference::times(grid(passed), grid(layer.weights)));
     check_gradients(layer.adapter, grad, layer.x, dx, [&] { return reference::inner(grid(layer.dy), layer.want()); });
   }

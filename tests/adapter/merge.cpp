@@ -107,7 +107,9 @@ TEST_CASE_TEMPLATE("merged weights give what base and adapter give", K, LoraKind
   auto y = base();
   b.forward(y);
   const auto before = weights;
+  // [merge]
   const auto merged = lm::merge(b.be, b.adapter, weights);
+  // [/merge]
   const auto want = base();
   // |x|, |W|, |A|, |B|, |λ| ≤ 1: terms sum to at most in·(1 + s·r).
   const double bound = 40 * 0x1p-24 * static_cast<double>(in) * (1 + b.adapter.scale() * K::config().rank);
@@ -117,8 +119,10 @@ TEST_CASE_TEMPLATE("merged weights give what base and adapter give", K, LoraKind
     largest = std::max(largest, std::abs(static_cast<double>(want.data()[i])));
   }
   CHECK(largest > 1);
+  // [undo]
   merged.undo(weights);
   CHECK(same_bits(weights, before));
+  // [/undo]
 }
 
 TEST_CASE("undo restores NaN payloads, negative zeros and strided rows, and touches nothing beside them") {

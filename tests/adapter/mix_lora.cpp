@@ -138,17 +138,21 @@ struct Engine {
   /// y = the whole block.
   template <class Backend>
   auto forward(const Backend& be) {
+    // [before-the-activation]
     lm::Arena<> reserve = kept.arena();
     auto saved = lm::route(be, mix, x, reserve, work.arena(), options);
     multiply(x, W1, true, u, false);
     multiply(x, W3, true, v, false);
+    // [/before-the-activation]
     for (Index i = 0; i < u.rows() * u.cols(); ++i) {
       u.data()[i] += eu.data()[i];
       v.data()[i] += ev.data()[i];
     }
+    // [after-it]
     lm::mix(be, mix, saved, u, v, hbar, work.arena());
     multiply(hbar, W2, true, y, false);
     lm::finish(be, mix, saved, y, work.arena());
+    // [/after-it]
     return saved;
   }
   template <class Backend, class Saved>
@@ -298,9 +302,11 @@ TEST_CASE("the mixtral loss of a block reaches router and x, and leaves masked t
   const std::vector<std::uint8_t> valid{1, 1, 0, 1, 0, 1};
   engine.options.valid = {valid.data(), 6};
   Memory more(lm::loss_workspace_bytes<double>(6, 5));
+  // [balance]
   const auto balance = [&](const auto& saved) {
     return lm::balance_loss(be, saved, {.form = lm::Balance::mixtral, .weight = 0.3}, more.arena());
   };
+  // [/balance]
   auto saved = engine.forward(be);
   CHECK(balance(saved) > 0.3);
   double slopes = 0;

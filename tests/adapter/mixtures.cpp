@@ -14,7 +14,9 @@
 namespace loramix_test {
 namespace {
 
+// [config]
 constexpr lm::MixtureConfig mixture{.d_in = 13, .d_out = 11, .experts = 3, .rank = 2, .alpha = 3, .dropout = 0.5};
+// [/config]
 lm::MolaConfig mola(lm::TopKRule rule, Index experts = 5) {
   return {.d_in = 13, .d_out = 11, .experts = experts, .rank = 2, .alpha = 3, .dropout = 0.5, .rule = rule};
 }
@@ -23,6 +25,7 @@ lm::TeamLoraConfig team(Index hidden, lm::Competition competition = lm::Competit
 }
 const std::vector<lm::TopKRule>& rules() {
   using lm::Scoring;
+  // [rules]
   static const std::vector<lm::TopKRule> all{
       {},
       {.k = 1, .renormalise = false},
@@ -35,6 +38,7 @@ const std::vector<lm::TopKRule>& rules() {
       {.k = 2, .capacity = 0.8, .order = lm::CapacityOrder::priority},
       {.k = 2, .capacity = 1, .noise = true, .jitter = 0.1},
   };
+  // [/rules]
   return all;
 }
 
@@ -301,13 +305,17 @@ TEST_CASE("HydraLoRA and TeamLoRA of one expert are LoRA, bit for bit") {
     CHECK(gap(got.gradient.A(), want.gradient.A()) == 0);
     CHECK(gap(got.gradient.B(), want.gradient.B()) == 0);
   };
+  // [hydra]
   lm::MixtureConfig config = mixture;
   config.experts = 1;
   Batch<lm::HydraLora<float>> hydra(config, 9, 5);
   check(hydra);
+  // [/hydra]
+  // [team]
   Batch<lm::TeamLora<float>> competing(team(6, lm::Competition::learned, 1), 9, 6);
   competing.adapter.gate().M(0, 0) = 1;
   check(competing);
+  // [/team]
   competing.adapter.gate().M(0, 0) = 2;
   CHECK(distance(Step(competing).y, want.y) > 0.01);
 }

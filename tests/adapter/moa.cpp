@@ -274,11 +274,13 @@ TEST_CASE("policies: vote, last, first; ties to the lower expert, layers without
   const std::int32_t of[4][5] = {{2, 1, 0, -1, -1}, {1, 2, 2, 3, -1}, {1, 2, 2, -1, -1}, {2, 1, 3, -1, -1}};
   for (Index l = 0; l < 4; ++l) std::copy(of[l], of[l] + 5, &decisions(l, 0));
   const lm::cpu::Backend be;
+  // [policies]
   const auto by = [&](lm::Decision decision) {
     std::vector<std::int32_t> ids(5, 77);
     lm::decide(be, decision, std::as_const(decisions).view(), 4, {ids.data(), 5});
     return ids;
   };
+  // [/policies]
   CHECK(by(lm::Decision::vote) == std::vector<std::int32_t>{1, 1, 2, 3, -1});
   CHECK(by(lm::Decision::first) == std::vector<std::int32_t>{2, 1, 0, -1, -1});
   CHECK(by(lm::Decision::last) == std::vector<std::int32_t>{2, 1, 3, -1, -1});
@@ -302,10 +304,12 @@ TEST_CASE("decisions of one router serve the other matrices of its block, and fo
   options.labels = {};
   options.key = b.key;
   b.forward(y, options);
+  // [decision]
   lm::route(b.be, b.adapter, b.x.view(), {ids, L}, b.work.arena(), options);
   second.forward(none, options);  // nobody decided
   options.labels = {ids, L};
   second.forward(y2, options);
+  // [/decision]
   CHECK(same_bits(y, y2));
   CHECK(same_bits(none, b.zeros_y()));
   CHECK_FALSE(same_bits(y, none));
@@ -392,9 +396,11 @@ TEST_CASE("add_domain: old parameters, old logits and old domains' outputs keep 
     CHECK(ids == before_ids);
     const lm::Moa<float> old = b.adapter;
     for (Index round = 0; round < 3; ++round) {
+      // [add]
       lm::Lora<float> lora({.d_in = 70, .d_out = 37, .rank = 3});
       fill_parameters(lora, b.random);
       lm::add_domain(b.adapter, lora);
+      // [/add]
       b.memory = Memory(lm::reserve_bytes(b.adapter, tokens));
       auto now = b.zeros_y();
       const auto [new_logits, new_ids] = run(now);
@@ -448,12 +454,14 @@ TEST_CASE("remove_domain: higher ids move down; the last one stays") {
 TEST_CASE("refit: one expert trained alone, by itself or under a mask") {
   Batch<lm::Moa<double>> b(small(), T, 3);
   const lm::Moa<double> old = b.adapter;
+  // [refit]
   lm::Lora<double> lora = lm::domain(b.adapter, 1);
   for (Index i = 0; i < 2 * 13; ++i) lora.A().data[i] += 1;
   lm::set_domain(b.adapter, 1, lora);
   CHECK(same_parameters(lm::domain(b.adapter, 1), lora));
   CHECK(same_parameters(lm::domain(b.adapter, 0), lm::domain(old, 0)));
   CHECK(same_parameters(lm::domain(b.adapter, 2), lm::domain(old, 2)));
+  // [/refit]
 
   auto grad = lm::zeros_like(b.adapter);
   fill_parameters(grad, b.random);

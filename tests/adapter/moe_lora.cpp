@@ -90,12 +90,14 @@ TEST_CASE("losses on the tasks' scores reach embeddings and gate") {
 // PEERS 1.7: the public code broadcasts the gate over the first axis, which in a batch-first model is the sequence.
 TEST_CASE("defect of MOELoRA-peft, batch-first gate: each sequence of a batch gets its own task's gate") {
   Batch<lm::MoeLora<float>> b(small(false), 9);
+  // [tasks]
   const Index offsets[]{0, 4, 4, 7, 9};
   const std::vector<std::int32_t> of_sequence{2, 0, -1, 1}, by_token{2, 2, 2, 2, -1, -1, -1, 1, 1};
   auto segments = b.zeros_y(), tokens = b.zeros_y();
   b.forward(segments, {.tasks = lm::Groups<>::by_segment(offsets, 4, of_sequence.data(), 3)});
   b.forward(tokens, {.tasks = groups_of(by_token, 3)});
   CHECK(same_bits(segments, tokens));
+  // [/tasks]
   for (std::int32_t task = 0; task < 3; ++task) {  // alone: the same rows, in the same class of T
     const std::vector<std::int32_t> all(9, task);
     auto alone = b.zeros_y();

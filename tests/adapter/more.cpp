@@ -286,16 +286,20 @@ TEST_CASE("the contrastive loss trains embeddings beside the product: both gradi
   std::vector<std::byte> work(static_cast<std::size_t>(lm::contrastive_workspace_bytes<double>(9, 3, 7)));
   auto grad = lm::zeros_like(b.adapter);
   auto dx = b.zeros_dx();
+  // [contrastive]
   const auto loss = [&](lm::MatrixView<double> into_x, lm::MatrixView<double> into_e) {
     return lm::contrastive_loss(b.be, b.x.view(), std::as_const(b.adapter).gate().scorer.embedding,
                                 lm::VectorView<const std::int32_t>{labels.data(), 9}, into_x, into_e, {.weight = 0.1},
                                 lm::Arena<>{work});
   };
+  // [/contrastive]
   auto y = b.zeros_y();
   lm::Arena<> reserve = b.memory.arena();
+  // [step]
   auto saved = b.forward(y, {.save = &reserve, .key = b.key, .tasks = groups_of(mixed, 3)});
   loss(dx, grad.gate().scorer.embedding);
   b.backward(saved, dx, grad);
+  // [/step]
 
   const auto chosen = selection(b, literal(b, mixed, true), true);
   const auto e = b.adapter.gate().scorer.embedding, de = grad.gate().scorer.embedding;

@@ -35,6 +35,7 @@ TEST_CASE("MoSLoRA: ΔY is the literal sum, and gradients are its differences") 
 TEST_CASE("PEERS 1.12: the mixer stands between A and B, not transposed: S e_1 e_2ᵀ") {
   Batch<lm::MosLora<double>> b({.d_in = 3, .d_out = 2, .rank = 2, .alpha = 2}, 1);
   for (Index i = 0; i < b.adapter.parameters().size; ++i) b.adapter.parameters()[i] = 0;
+  // [mixer]
   b.adapter.A()(0, 1) = 2;      // U = (2 x_1, 0)
   b.adapter.mixer()(0, 1) = 3;  // U S = (0, 6 x_1)
   b.adapter.B()(1, 1) = 5;
@@ -42,6 +43,7 @@ TEST_CASE("PEERS 1.12: the mixer stands between A and B, not transposed: S e_1 e
   b.forward(y);
   CHECK(y(0, 0) == 0);
   CHECK(std::abs(y(0, 1) - 30 * b.x(0, 1)) <= 1e-12);
+  // [/mixer]
 }
 
 TEST_CASE("more outputs than a block, 16-bit weights, three lanes, frozen, no allocation") {

@@ -89,11 +89,13 @@ TEST_CASE("merge is W + s Σ diag(γ_i) B_i A_i, undone bitwise") {
   auto y = b.zeros_y();
   b.forward(y);
   const auto base = base_output(grid(b.x), grid(weights));
+  // [merge]
   const auto merged = lm::merge(b.be, b.adapter, weights);
   check_close(y, reference::plus(base_output(grid(b.x), grid(weights)), -1, base), 1e-5);
   CHECK(merged.report.max_rounding > 0);
   merged.undo(weights);
   CHECK(same_bits(weights, before));
+  // [/merge]
 }
 
 }  // namespace

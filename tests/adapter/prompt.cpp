@@ -37,8 +37,10 @@ TEST_CASE("rows go where they belong, and gradients are differences: ragged, emp
       const auto dy = random_matrix<double>(y.rows(), 5, random);
       CHECK(lm::workspace_bytes(be, adapter, tokens) + lm::reserve_bytes(adapter, tokens) == 0);
       lm::Arena<> reserve;
+      // [forward]
       auto saved = lm::forward(be, adapter, x, y, lm::Arena<>{},
                                {.save = &reserve, .sequences = lm::Groups<>::by_segment(offsets.data(), n)});
+      // [/forward]
       const auto literal = want(adapter, grid(x), offsets);
       for (Index i = 0; i < literal.size(); ++i) CHECK(y.data()[i] == literal[i]);
       lm::Matrix<double> dx(tokens, 5);

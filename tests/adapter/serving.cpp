@@ -82,13 +82,17 @@ TEST_CASE_TEMPLATE("PEERS 3.4: many adapters in one batch, mixed ranks and scale
   check_close(y, one_by_one(s.loras, x, y0, ids));
   CHECK_FALSE(same_bits(y, y0));
 
+  // [by-segment]
   const Index ends[6] = {0, 20, 20, 33, 64, 70};
   const std::int32_t of[5] = {1, 0, -1, 3, 2};
+  // [/by-segment]
   for (Index t = 0; t < 70; ++t) ids[static_cast<std::size_t>(t)] = t < 20 ? 1 : t < 33 ? -1 : t < 64 ? 3 : 2;
+  // [call]
   auto by_segment = y0, by_token = y0;
   serve(*served, x, by_segment, lm::Groups<>::by_segment(ends, 5, of, 4));
   serve(*served, x, by_token, lm::Groups<>::by_id(ids.data(), 4));
   CHECK(same_bits(by_segment, by_token));
+  // [/call]
   check_close(by_segment, one_by_one(s.loras, x, y0, ids));
 }
 
@@ -183,9 +187,11 @@ TEST_CASE("PEERS 3.21: adapters come and go while three threads run forward on t
   for (int i = 0; i < 3; ++i) {
     readers.emplace_back([&] {
       while (!stop) {
+        // [snapshot]
         const auto served = s.serving.snapshot();
         lm::Matrix<float> y(9, d_out);
         serve(*served, x, y, lm::Groups<>::by_id(ids.data(), served->slots()));
+        // [/snapshot]
         for (Index k = 0; k < 9 * d_out; ++k) wrong += !(std::fabs(y.data()[k] - want.data()[k]) <= 1e-3f);
         ++runs;
       }
@@ -193,8 +199,10 @@ TEST_CASE("PEERS 3.21: adapters come and go while three threads run forward on t
   }
   int swaps = 0;
   for (; swaps < 40 || runs < 30; ++swaps) {
+    // [swap]
     s.serving.remove(1);
     CHECK(s.serving.add(lora_of<float>(swaps % 7, 3, static_cast<std::uint64_t>(swaps))) == 1);
+    // [/swap]
   }
   stop = true;
   for (std::thread& reader : readers) reader.join();
