@@ -34,13 +34,14 @@ TEST_CASE("the line and the cosine") {
 }
 
 TEST_CASE_TEMPLATE("edges", Schedule, lm::LinearSchedule, lm::CosineSchedule) {
-  CHECK(Schedule{.base = 1}(0) == 0);                           // no steps at all
   CHECK(Schedule{.base = 1, .warmup = 3, .total = 3}(2) == 1);  // nothing but warm-up
   CHECK(Schedule{.base = 1, .warmup = 3, .total = 3, .floor = 0.25}(3) == 0.25);
   CHECK(Schedule{.base = 1, .warmup = 0, .total = 1}(0) == 1);
   const Index huge = Index{1} << 62;
   CHECK(Schedule{.base = 1, .warmup = 0, .total = huge}(huge / 2) == doctest::Approx(0.5));
   using lm::ErrorCode;
+  check_error(ErrorCode::value, {"total", "at least 1"},
+              [] { Schedule{.base = 1}(0); });  // forgotten: nothing would train
   check_error(ErrorCode::value, {"step", "-1"}, [] { Schedule{.base = 1, .total = 3}(-1); });
   check_error(ErrorCode::value, {"warmup"}, [] { Schedule{.base = 1, .warmup = -1, .total = 3}(0); });
   check_error(ErrorCode::value, {"total", "at least 5"}, [] { Schedule{.base = 1, .warmup = 5, .total = 3}(0); });

@@ -5,7 +5,7 @@
 ///                                      f(p) = 1 − p, or (1 + cos πp)/2 (Loshchilov & Hutter 2017, eq. 5)
 ///              step ≥ total:           floor
 /// Parameters:  step, counted from 0; base at the end of the warm-up; warmup and total in steps, total with the warm-up.
-/// Errors:      step or warmup below 0, total below warmup.
+/// Errors:      step or warmup below 0, total below warmup or below 1 (forgotten).
 /// Cost:        a few flop.
 /// Determinism: a pure function; the cosine is the C library's.
 /// Example:     tests/train/schedule.cpp:  lm::CosineSchedule lr{.base = 2e-4, .warmup = 100, .total = 5000};
