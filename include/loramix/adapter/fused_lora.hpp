@@ -19,7 +19,7 @@ inline namespace LORAMIX_ABI {
 struct FusedLoraConfig {
   Index d_in = 0;
   Index d_out = 0;
-  Slices slices;
+  Slices slices{};
   Index rank = 8;  // of one slice
   double alpha = 16;
   double dropout = 0;
