@@ -10,7 +10,10 @@
 #include <loramix/adapter/hydra_lora.hpp>
 #include <loramix/adapter/lora.hpp>
 #include <loramix/adapter/lora_moe.hpp>
+#include <loramix/adapter/moe_lora.hpp>
 #include <loramix/adapter/mola.hpp>
+#include <loramix/adapter/moslora.hpp>
+#include <loramix/adapter/multi_lora.hpp>
 #include <loramix/adapter/team_lora.hpp>
 #include <loramix/core/thread_pool.hpp>
 
@@ -20,19 +23,36 @@ namespace {
 
 using namespace demo;
 
-// One line per method.
+// One line per method, at most the parameters of LoRA r = 24 from there on, routers included.
 std::vector<Method> all_methods() {
+  const auto by_task = [](auto& config) { config.tasks = domains; };
+  const auto by_task_shared = [](lm::MoeLoraConfig& config) {
+    config.tasks = domains;
+    config.shared_A = true;
+  };
   return {
       frozen_base(),
       full_fine_tuning(),
       adapter<lm::Lora<float>>("LoRA, r = 4", {.total_rank = 4}),
       adapter<lm::Lora<float>>("LoRA, r = 24", {.total_rank = 24}),
-      // Mixtures at LoRA's budget: at most the parameters of r = 24, routers included.
+      // One adapter for all images.
+      adapter<lm::Dora<float>>("DoRA", {.total_rank = 24}),
+      adapter<lm::MosLora<float>>("MoSLoRA", {.total_rank = 24}),
+      adapter<lm::MultiLora<float>>("MultiLoRA, 3 of 7", {.total_rank = 24, .experts = 3}),
+      adapter<lm::AdaLora<float>>("AdaLoRA, 69 to 46 ranks", {.total_rank = 24}),
+      adapter<lm::Ia3<float>>("IA3, natural size", {}),
+      // Mixtures whose routers see the image.
       adapter<lm::LoraMoe<float>>("LoRAMoE, 4 of 5", {.total_rank = 20, .experts = 4}),
       adapter<lm::HydraLora<float>>("HydraLoRA, 4 of 9", {.total_rank = 36, .experts = 4}),
       adapter<lm::Mola<float>>("MoLA, 2 of 4", {.total_rank = 20, .experts = 4}),
       adapter<lm::TeamLora<float>>("TeamLoRA, 4 of 5", {.total_rank = 20, .experts = 4},
                                    [](lm::TeamLoraConfig& config) { config.hidden = 7; }),
+      adapter<lm::Moa<float>>("MoA, routed by itself", {.total_rank = 18, .experts = domains}, {}, Domains::routed),
+      // Methods that are told the domain.
+      adapter<lm::Moa<float>>("MoA, told", {.total_rank = 18, .experts = domains}),
+      adapter<lm::MoeLora<float>>("MOELoRA, 4 of 5, told", {.total_rank = 20, .experts = 4}, by_task),
+      adapter<lm::MoeLora<float>>("MOELoRA, one A, told", {.total_rank = 36, .experts = 4}, by_task_shared),
+      adapter<lm::More<float>>("MoRE, at most 13, told", {.total_rank = 13}, by_task),
   };
 }
 
@@ -129,6 +149,8 @@ int run(const Options& options) {
 
   print_setting(options, tasks);
   print_table(rows);
+  std::printf("\n");
+  print_details(rows);
   std::printf("\n");
   const bool passed = check_round_trips(rows, options.out);
   const std::string results = options.out + "/results.json";

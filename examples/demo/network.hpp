@@ -92,13 +92,14 @@ struct Protocol {
   Index batch;
   double lr;         // of the first step
   double lr_at_end;  // reached in a line
+
+  Index steps(const Images& images) const { return epochs * ((images.size() + batch - 1) / batch); }
 };
 
 /// step(batch, number, learning rate) for every batch of every epoch, each epoch in an order of its own.
 template <class Step>
 void for_batches(const Images& images, const Protocol& protocol, std::uint64_t seed, const Step& step) {
-  const Index per_epoch = (images.size() + protocol.batch - 1) / protocol.batch;
-  const lm::LinearSchedule lr{.base = protocol.lr, .total = per_epoch * protocol.epochs, .floor = protocol.lr_at_end};
+  const lm::LinearSchedule lr{.base = protocol.lr, .total = protocol.steps(images), .floor = protocol.lr_at_end};
   Index number = 0;
   for (int epoch = 0; epoch < protocol.epochs; ++epoch) {
     const std::vector<Index> order = shuffled(images.size(), seed, "demo.batches", epoch);
