@@ -86,6 +86,11 @@ double load_variation(const Scores& scores, Index experts) {
   return std::sqrt((load - load.mean()).square().mean()) / load.mean();
 }
 
+template <class Adapter>
+constexpr bool routes_experts = lm::ProductAdapter<Adapter>&& requires(const Adapter& a) {
+  a.config().experts;
+};
+
 /// What routers chose: MoRE's ranks, whether MoA's routers are right, how evenly the others load their experts.
 template <class Adapter>
 std::vector<Detail> details(const Adapted<Adapter>& model, const Data& data) {
@@ -103,10 +108,7 @@ std::vector<Detail> details(const Adapted<Adapter>& model, const Data& data) {
         for (Index t = 0; t < images; ++t) right += saved.scores.ids(t, 0) == k;
         found[l] = {"routed right %" + layer, found[l].value};
         found[l].value[k] = 100.0 * static_cast<double>(right) / static_cast<double>(images);
-      } else if constexpr (requires {
-                             saved.scores;
-                             model.adapters[l].config().experts;
-                           }) {
+      } else if constexpr (routes_experts<Adapter>) {
         if (!saved.scores.by_token || saved.scores.weights.rows != data.test[k].size()) return;
         found[l] = {"load CV" + layer, found[l].value};
         found[l].value[k] = load_variation(saved.scores, model.adapters[l].config().experts);
