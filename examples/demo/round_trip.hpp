@@ -36,7 +36,7 @@ struct Difference {
   Index predictions = 0;  // that differ
 
   void add(const Difference& other) {
-    if (!(other.outputs <= outputs)) outputs = other.outputs;
+    if (outputs == outputs && !(other.outputs <= outputs)) outputs = other.outputs;
     predictions += other.predictions;
   }
 };
