@@ -42,15 +42,10 @@ const std::vector<lm::TopKRule>& rules() {
   return all;
 }
 
-template <class A>
-auto scores_of(const A& adapter, lm::Saved<A>& saved) {
-  return adapter.gate().scores(saved.state, saved.h, saved.dh);
-}
-
 /// Whether no choice is nearer than 1e-3 to another one.
 template <class A>
-bool clear_choices(const A& adapter, lm::Saved<A>& saved) {
-  const auto s = scores_of(adapter, saved);
+bool clear_choices(const A& adapter, const lm::Saved<A>& saved) {
+  const auto& s = saved.scores;
   if (s.chosen.data == nullptr) return true;
   bool clear = true;
   std::vector<double> weights;
@@ -85,7 +80,7 @@ void check_gradients(const typename A::Config& config, lm::Keep keep, Index toke
     options.valid = {valid.data(), tokens};
     auto saved = b.forward(y, options);
     if (!clear_choices(b.adapter, saved)) continue;
-    auto scores = scores_of(b.adapter, saved);
+    const auto scores = saved.scores;
     auto dp = random_matrix<double>(tokens, scores.p.cols, b.random);
     auto dl = random_matrix<double>(tokens, scores.p.cols, b.random);
     for (Index t = 0; t < tokens; ++t) {
@@ -109,7 +104,7 @@ void check_gradients(const typename A::Config& config, lm::Keep keep, Index toke
     const lm::GradientReport report = lm::gradient_check(claims, [&] {
       reserve.reset();
       auto now = b.forward(y, options);
-      const auto s = scores_of(b.adapter, now);
+      const auto& s = now.scores;
       double loss = 0;
       for (Index t = 0; t < tokens; ++t) {
         for (Index o = 0; o < config.d_out; ++o) loss += b.dy(t, o) * y(t, o);
@@ -477,7 +472,7 @@ TEST_CASE("a selection bias chooses, and weighs nothing") {
   lm::ForwardOptions<lm::Space::host> options{.save = &reserve, .key = b.key};
   options.selection_bias = {bias.data(), 5};
   auto saved = b.forward(y, options);
-  const auto scores = scores_of(b.adapter, saved);
+  const auto& scores = saved.scores;
   for (Index t = 0; t < 9; ++t) {
     for (Index s = 0; s < 2; ++s) {
       CHECK(scores.chosen(t, s) >= 3);

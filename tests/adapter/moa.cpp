@@ -363,11 +363,11 @@ TEST_CASE("built from LoRAs: forced to a domain it is that LoRA") {
   }
   const std::vector<lm::Lora<float>> mixed{lm::Lora<float>({.d_in = 3, .d_out = 2, .rank = 1}),
                                            lm::Lora<float>({.d_in = 3, .d_out = 2, .rank = 2})};
-  check_error(lm::ErrorCode::shape, {"Moa::from", "rank 2", "is 1"}, [&] { lm::Moa<float>::from(mixed, {}); });
+  check_error(lm::ErrorCode::shape, {"Mixture::from", "rank 2", "is 1"}, [&] { lm::Moa<float>::from(mixed, {}); });
   const std::vector<lm::Lora<float>> scales{lm::Lora<float>({.d_in = 3, .d_out = 2, .rank = 1}),
                                             lm::Lora<float>({.d_in = 3, .d_out = 2, .rank = 1, .alpha = 3})};
-  check_error(lm::ErrorCode::value, {"Moa::from", "another scale"}, [&] { lm::Moa<float>::from(scales, {}); });
-  check_error(lm::ErrorCode::value, {"Moa::from", "0"}, [] { lm::Moa<float>::from({}, {}); });
+  check_error(lm::ErrorCode::value, {"Mixture::from", "another scale"}, [&] { lm::Moa<float>::from(scales, {}); });
+  check_error(lm::ErrorCode::value, {"Mixture::from", "0"}, [] { lm::Moa<float>::from({}, {}); });
 }
 
 TEST_CASE("add_domain: old parameters, old logits and old domains' outputs keep every bit") {

@@ -28,9 +28,11 @@ MixtureResults run_on_host(const typename A::Config& config, const MixtureStep& 
   lm::Arena<> reserve{kept};
   lm::ForwardOptions<lm::Space::host> options{.save = &reserve, .key = {S::seed, S::site, S::number, S::first_token}};
   options.valid = {step.valid.data(), S::tokens};
+  options.sequences = lm::Groups<>::by_segment(step.offsets.data(), S::sequences);
+  options.tasks = lm::Groups<>::by_segment(step.offsets.data(), S::sequences, step.task_of.data(), S::tasks);
   const lm::MatrixView<const float> x{step.x.data(), S::tokens, S::d_in};
   auto saved = lm::forward(be, adapter, x, {r.y.data(), S::tokens, S::d_out}, lm::Arena<>{work}, options);
-  const auto scores = adapter.gate().scores(saved.state, saved.h, saved.dh);
+  const auto& scores = saved.scores;
   r.p.assign(scores.p.data, scores.p.data + scores.p.rows * scores.p.cols);
   r.ids.assign(scores.ids.data, scores.ids.data + scores.ids.rows * scores.ids.cols);
   lm::backward(be, adapter, saved, x, {step.dy.data(), S::tokens, S::d_out}, {r.dx.data(), S::tokens, S::d_in},

@@ -14,10 +14,12 @@
 namespace loramix_test {
 
 struct MixtureStep {
-  static constexpr std::int64_t tokens = 40, d_in = 20, d_out = 12;
+  static constexpr std::int64_t tokens = 40, d_in = 20, d_out = 12, sequences = 6, tasks = 3;
   static constexpr std::uint64_t seed = 7, site = 3, number = 2, first_token = 50;
   std::vector<float> parameters, x, dy;  // as the adapter's flat buffer, [T, d_in], [T, d_out]
   std::vector<std::uint8_t> valid;       // [T]
+  std::vector<std::int64_t> offsets{0, 7, 7, 20, 21, 33, 40};
+  std::vector<std::int32_t> task_of{0, 2, 1, -1, 2, 1};  // [sequences]
 };
 
 struct MixtureResults {
@@ -30,6 +32,9 @@ enum class MixtureCase {
   hydra_lora,
   team_lora,
   team_lora_alone,
+  team_lora_by_mean,
+  team_lora_by_last,
+  team_lora_by_task,
   top_2,
   sigmoid,
   arrival,
@@ -45,8 +50,10 @@ auto with_mixture(MixtureCase which, const F& f) {
   using S = MixtureStep;
   const lm::MixtureConfig plain{
       .d_in = S::d_in, .d_out = S::d_out, .experts = 5, .rank = 3, .alpha = 3, .dropout = 0.5};
-  const auto team = [&](lm::Index hidden, lm::Competition form) {
-    return f.template operator()<lm::TeamLora<float>>({S::d_in, S::d_out, 5, 3, 3, 0.5, hidden, form});
+  const auto team = [&](lm::Index hidden, lm::Competition form, lm::Reads reads = lm::Reads::token,
+                        lm::Pooling pooling = lm::Pooling::mean) {
+    return f.template operator()<lm::TeamLora<float>>(
+        {S::d_in, S::d_out, 5, 3, 3, 0.5, hidden, form, reads, pooling, S::tasks, 9});
   };
   const auto mola = [&](const lm::TopKRule& rule) {
     return f.template operator()<lm::Mola<float>>({S::d_in, S::d_out, 5, 3, 3, 0.5, rule});
@@ -60,6 +67,12 @@ auto with_mixture(MixtureCase which, const F& f) {
       return team(6, lm::Competition::learned);
     case MixtureCase::team_lora_alone:
       return team(0, lm::Competition::identity);
+    case MixtureCase::team_lora_by_mean:
+      return team(6, lm::Competition::learned, lm::Reads::sequence);
+    case MixtureCase::team_lora_by_last:
+      return team(0, lm::Competition::learned, lm::Reads::sequence, lm::Pooling::last);
+    case MixtureCase::team_lora_by_task:
+      return team(6, lm::Competition::learned, lm::Reads::task);
     case MixtureCase::top_2:
       return mola({});
     case MixtureCase::sigmoid:

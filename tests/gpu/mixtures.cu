@@ -53,6 +53,8 @@ class OnDevice {
     x_ = gpu.upload(step.x);
     dy_ = gpu.upload(step.dy);
     valid_ = gpu.upload(step.valid);
+    offsets_ = gpu.upload(step.offsets);
+    task_of_ = gpu.upload(step.task_of);
     y_ = gpu.upload(std::vector<float>(S::tokens * S::d_out));
     dx_ = gpu.upload(std::vector<float>(S::tokens * S::d_in));
     const lm::gpu::Backend be = gpu.backend();
@@ -69,9 +71,11 @@ class OnDevice {
     lm::ForwardOptions<device> options{
         .save = &reserve_, .key = {S::seed, S::site, S::number, S::first_token}, .into = lm::Into::set};
     options.valid = {valid_, S::tokens};
+    options.sequences = lm::Groups<device>::by_segment(offsets_, S::sequences);
+    options.tasks = lm::Groups<device>::by_segment(offsets_, S::sequences, task_of_, S::tasks);
     const lm::MatrixView<const float, device> x{x_, S::tokens, S::d_in}, dy{dy_, S::tokens, S::d_out};
     auto saved = lm::forward(be, adapter_, x, {y_, S::tokens, S::d_out}, work_, options);
-    scores_ = adapter_.gate().scores(saved.state, saved.h, saved.dh);
+    scores_ = saved.scores;
     lm::backward(be, adapter_, saved, x, dy, {dx_, S::tokens, S::d_in}, gradient_, work_,
                  {lm::Into::set, lm::Into::set});
   }
@@ -95,6 +99,8 @@ class OnDevice {
   lm::gradient_t<Adapter> gradient_;
   float *x_, *dy_, *y_, *dx_;
   std::uint8_t* valid_;
+  std::int64_t* offsets_;
+  std::int32_t* task_of_;
   lm::Arena<device> work_, reserve_;
   lm::Scores<float, device> scores_;
 };
@@ -151,6 +157,12 @@ TEST_CASE("dense mixtures on the device are the host's") {
   check_mixture(MixtureCase::hydra_lora);
   check_mixture(MixtureCase::team_lora);
   check_mixture(MixtureCase::team_lora_alone);
+}
+
+TEST_CASE("TeamLoRA whose S reads sequences or tasks") {
+  check_mixture(MixtureCase::team_lora_by_mean, true);
+  check_mixture(MixtureCase::team_lora_by_last, true);
+  check_mixture(MixtureCase::team_lora_by_task, true);
 }
 
 TEST_CASE("routers that choose make the host's choices, exact ties included") {

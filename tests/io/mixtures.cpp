@@ -74,7 +74,18 @@ TEST_CASE("every mixture comes back from its file") {
   for (const lm::Index hidden : {0, 6}) {
     round_trip<lm::TeamLora<float>>(
         {.d_in = 7, .d_out = 5, .experts = 3, .rank = 2, .hidden = hidden, .competition = lm::Competition::identity});
+    round_trip<lm::TeamLora<float>>({.d_in = 7,
+                                     .d_out = 5,
+                                     .experts = 3,
+                                     .rank = 2,
+                                     .hidden = hidden,
+                                     .reads = lm::Reads::task,
+                                     .tasks = 4,
+                                     .embedding = 3});
   }
+  round_trip<lm::TeamLora<float>>(
+      {.d_in = 7, .d_out = 5, .experts = 3, .rank = 2, .reads = lm::Reads::sequence, .pooling = lm::Pooling::last});
+  round_trip<lm::MoeLora<float>>(lm::hydra_by_task(mixture, 4, 3));
 }
 
 TEST_CASE("a mixture of another kind is refused") {

@@ -651,7 +651,10 @@ void backward(const Backend& be, const A& adapter, Saved<A>& saved,
   }
   if constexpr (T::computed) {
     dstate = gate.carve(work, tokens, false);
-    expand.dgate = gate.gradient(dstate);
+    if constexpr (requires { gate.gradient(dstate, saved.call); })
+      expand.dgate = gate.gradient(dstate, saved.call);
+    else
+      expand.dgate = gate.gradient(dstate);
     expand.gate_values = Into::set;
   }
   expand.check();

@@ -178,6 +178,10 @@ Merged<T> merge(const Backend& be, const A& adapter, MatrixView<T> weights, Merg
       "loramix: merge for a task needs a gate of the task (static constexpr bool by_task)");
   detail::check_merge(adapter, weights);
   const Index tasks = adapter.gate().tasks();
+  if (tasks == 0) {
+    fail(check::detail::about(ErrorCode::value, "merge", "task")
+         << " is given, but this adapter's gate depends on the token: no exact merge exists");
+  }
   if (options.task < 0 || options.task >= tasks) {
     fail(check::detail::about(ErrorCode::value, "merge", "task")
          << " is " << options.task << ", but there are " << tasks);

@@ -14,9 +14,6 @@
 /// Merge:       per domain: merge_domain (adapter/domains.hpp).
 /// Example:     tests/adapter/moa.cpp
 #pragma once
-#include <span>
-
-#include <loramix/adapter/experts.hpp>
 #include <loramix/adapter/mixture.hpp>
 #include <loramix/router/domain.hpp>
 
@@ -49,82 +46,36 @@ struct MoaConfig {
     f("straight_through", self.straight_through);
   }
   Index room() const { return places > experts ? places : experts; }
+  Index router_rows() const { return router ? room() : 0; }
 };
 
-/// Owns the experts and the router.
-template <class P = float, Space S = Space::host, class T = typename precision_t<P>::weight>
-class Moa {
- public:
+/// What makes a mixture MoA.
+struct MoaMethod {
   using Config = MoaConfig;
-  using precision = precision_t<P>;
-  using element = T;
-  template <class U, Space V = S>
-  using rebind = Moa<P, V, U>;
-  static constexpr Space space = S;
   static constexpr const char* kind = "moa";
+  static constexpr bool shared_A = false;
 
-  explicit Moa(const Config& config)
-      : config_(detail::checked_mixture("Moa", config)),
-        parameters_({detail::size_of(ranks(), config.d_in), detail::size_of(config.d_out, ranks()),
-                     detail::size_of(rows(), config.d_in), rows()}) {}
-  /// Stage 2: experts are copies of LoRAs, whose sizes, scale and dropout `config` takes over; the router starts anew.
-  static Moa from(std::span<const Lora<P, S, T>> loras, const InitialiseOptions& start, Config config = {}) {
-    return detail::mixture_from<Moa>("Moa::from", loras, start, config);
+  static std::array<RouterParameter, 2> router(const Config& c) {
+    const Index rows = c.router ? c.experts : 0, room = c.router_rows();
+    return {{{"moa_router.weight", rows, c.d_in, group::router, detail::size_of(room, c.d_in)},
+             {"moa_router.bias", 1, rows, group::bias, room}}};
   }
-
-  const Config& config() const { return config_; }
-  VectorView<T, S> parameters() { return parameters_.flat(); }
-  VectorView<const T, S> parameters() const { return parameters_.flat(); }
-  Index ranks() const { return detail::size_of(config_.room(), config_.rank); }
-  double scale() const { return config_.rank == 0 ? 0 : config_.alpha / static_cast<double>(config_.rank); }
-  double dropout() const { return config_.dropout; }
-
-  auto A() { return parameters_.matrix(0, ranks(), config_.d_in); }
-  auto A() const { return parameters_.matrix(0, ranks(), config_.d_in); }
-  auto B() { return parameters_.rank_major(1, config_.d_out, ranks()); }
-  auto B() const { return parameters_.rank_major(1, config_.d_out, ranks()); }
-  auto gate() { return gate_of<T>(*this); }
-  auto gate() const { return gate_of<const T>(*this); }
-
-  Cost cost(Index tokens) const {
-    return product_cost<precision>(tokens, config_.d_in, config_.d_out, ranks(), ranks(), rows());
+  template <class W, class Score, Space S, class Views>
+  static DomainGate<W, Score, S> gate(const Config& c, const Views& views) {
+    const Index rows = c.router_rows();
+    return DomainGate<W, Score, S>{
+        {views[0].data, rows, c.d_in}, {views[1].data, 1, rows}, c.experts, c.room(), c.pooling, c.straight_through};
   }
-  template <class Self, class F>
-  static void visit(Self& self, F&& f) {
-    const Index R = self.used_ranks(), routed = self.used_rows();
-    f("lora_A.weight", self.A().row_range(0, R), group::A);
-    f("lora_B.weight", self.B().col_range(0, R), group::B);
-    f("moa_router.weight", self.gate().router.row_range(0, routed), group::router);
-    f("moa_router.bias", self.gate().bias.col_range(0, routed), group::bias);
+  template <class Fill, class Views>
+  static void start_router(Fill& fill, const Config& config, const Views& views) {
+    fill.uniform("moa_router.weight", views[0], 1 / std::sqrt(static_cast<double>(config.d_in)));
+    fill.zero(views[1]);
   }
-  template <class Fill>
-  void start(Fill& fill) {
-    const double bound = 1 / std::sqrt(static_cast<double>(config_.d_in));
-    fill.uniform("lora_A.weight", A().row_range(0, used_ranks()), bound);
-    fill.zero(B());
-    fill.uniform("moa_router.weight", gate().router.row_range(0, used_rows()), bound);
-    fill.zero(gate().bias);
-  }
-
- private:
-  Index used_ranks() const { return config_.experts * config_.rank; }
-  Index used_rows() const { return config_.router ? config_.experts : 0; }
-  Index rows() const { return config_.router ? config_.room() : 0; }
-  template <class W, class Self>
-  static DomainGate<W, typename precision::score, S> gate_of(Self& self) {
-    const Config& c = self.config_;
-    const Index rows = self.rows();
-    return {self.parameters_.matrix(2, rows, c.d_in),
-            self.parameters_.matrix(3, 1, rows),
-            c.experts,
-            c.room(),
-            c.pooling,
-            c.straight_through};
-  }
-
-  Config config_;
-  Parameters<T, S, 4> parameters_;
 };
+
+/// lm::Moa<float>::from(loras, {.seed = 7}): stage 2, experts that were trained alone.
+template <class P = float, Space S = Space::host, class T = typename precision_t<P>::weight>
+using Moa = Mixture<MoaMethod, P, S, T>;
 
 }  // namespace LORAMIX_ABI
 }  // namespace loramix

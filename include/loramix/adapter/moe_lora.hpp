@@ -1,14 +1,14 @@
 /// MOELoRA: a mixture of small LoRA experts, weighted by the task.
 ///
 /// Computes:    ΔY = s Σ_e g_{τ,e} (X̂ A_eᵀ) B_eᵀ, g_τ = softmax(W_g e_τ) (router/task.hpp); every expert has r/E of
-///              the
-///              total rank r, s = α/r. `shared_A`: all experts read one A of r/E rows (HydraLoRA gated by the task).
-/// Source:      MOELoRA, Liu et al. 2023 (arXiv 2310.18339): A ~ N(0, 0.01²), embeddings N(0, 1) of 64 values.
+///              the total rank r, s = α/r. `shared_A`: all experts read one A of r/E rows, HydraLoRA gated by the task
+///              (hydra_by_task in adapter/hydra_lora.hpp makes its configuration).
+/// Source:      MOELoRA, Liu et al. 2023 (arXiv 2310.18339): A ~ N(0, 0.01²), embeddings N(0, 1) of 64 values. With
+///              shared_A, which is ours, A starts as HydraLoRA's.
 /// Parameters:  lora_A.weight [r or r/E, d_in], lora_B.weight [d_out, r], lora_task_embedding.weight [tasks, dim],
 ///              lora_gate.weight [E, dim].
 /// Errors:      sizes below 0, no task, no expert, a rank that E does not divide, dropout outside [0, 1); a batch
-///              without
-///              tasks.
+///              without tasks.
 /// Cost:        LoRA of rank r, and a few operations per task.
 /// Determinism: adapter/forward.hpp
 /// Merge:       exact for one task: merge(be, adapter, W, {.task = τ}) (adapter/merge.hpp).
@@ -97,7 +97,10 @@ class MoeLora {
   template <class Fill>
   void start(Fill& fill) {
     const auto scorer = gate().scorer;
-    fill.normal("lora_A.weight", A(), 0.01 * 0.01);
+    if (config_.shared_A)
+      fill.uniform("lora_A.weight", A(), 1 / std::sqrt(static_cast<double>(config_.d_in)));
+    else
+      fill.normal("lora_A.weight", A(), 0.01 * 0.01);
     fill.zero(B());
     fill.normal("lora_task_embedding.weight", scorer.embedding, 1);
     fill.uniform("lora_gate.weight", scorer.projection, 1 / std::sqrt(static_cast<double>(config_.embedding)));

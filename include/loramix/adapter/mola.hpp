@@ -46,15 +46,19 @@ struct MolaMethod {
   using Config = MolaConfig;
   static constexpr const char* kind = "mola";
   static constexpr bool shared_A = false;
-  template <class W, class Score, Space S>
-  static TopKGate<W, Score, S> gate(const Config& config, MatrixView<const W, S> router) {
-    return {router, config.rule};
+
+  static std::array<RouterParameter, 1> router(const Config& c) {
+    return {{{"moe_gate.weight", c.router_rows(), c.d_in}}};
   }
-  template <class Fill, class Router>
-  static void start_router(Fill& fill, const Config& config, Router router) {
-    fill.uniform("moe_gate.weight", router.row_range(0, config.experts),
-                 1 / std::sqrt(static_cast<double>(config.d_in)));
-    fill.zero(router.row_range(config.experts, router.rows - config.experts));
+  template <class W, class Score, Space S, class Views>
+  static TopKGate<std::remove_const_t<W>, Score, S> gate(const Config& config, const Views& views) {
+    return TopKGate<std::remove_const_t<W>, Score, S>{views[0], config.rule};
+  }
+  template <class Fill, class Views>
+  static void start_router(Fill& fill, const Config& config, const Views& views) {
+    const auto rows = views[0];
+    fill.uniform("moe_gate.weight", rows.row_range(0, config.experts), 1 / std::sqrt(static_cast<double>(config.d_in)));
+    fill.zero(rows.row_range(config.experts, rows.rows - config.experts));
   }
 };
 

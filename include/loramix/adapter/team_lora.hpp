@@ -1,16 +1,18 @@
 /// TeamLoRA: one general A, split among expert B's that compete.
 ///
-/// Computes:    ΔY = s Σ_e ω_e (X̂ A_eᵀ) B_eᵀ with A [E·r_B, d_in] in E segments and ω = M softmax(S(x))
-///              (router/competition.hpp); s = α/r_B.
+/// Computes:    ΔY = s Σ_e ω_e (X̂ A_eᵀ) B_eᵀ with A [E·r_B, d_in] in E segments and ω = M softmax(S(v))
+///              (router/competition.hpp); s = α/r_B. v is the token, or what .reads says: the mean or last valid row
+///              of its sequence, the embedding of its task.
 /// Source:      TeamLoRA, arXiv 2408.09856 (abstract, figure, notes: no code was released). Ours: S = linear(d_in, 64)
-///              + SiLU + linear(64, E); M starts with 1 on its diagonal and U(0, 1/E) elsewhere.
-/// Parameters:  lora_A.weight [E·r_B, d_in], lora_B.weight [d_out, E·r_B], shapley.0.weight [hidden or E, d_in],
+///              + SiLU + linear(64, E); M starts with 1 on its diagonal and U(0, 1/E) elsewhere; v that is no token.
+/// Parameters:  lora_A.weight [E·r_B, d_in], lora_B.weight [d_out, E·r_B], shapley.0.weight [hidden or E, d_in or dim],
 ///              shapley.0.bias [1, hidden], shapley.2.weight [E, hidden], shapley.2.bias [1, E], interaction.weight
-///              [E, E].
-/// Errors:      sizes below 0, no expert, dropout outside [0, 1).
+///              [E, E], task_embedding.weight [tasks, dim].
+/// Errors:      adapter/mixture.hpp; hidden below 0; S that reads tasks without any, or embeddings of no values; what
+///              router/competition.hpp refuses in a batch.
 /// Cost:        LoRA of rank E·r_B plus the rows of S.
-/// Determinism: adapter/forward.hpp
-/// Merge:       none: the gate depends on the token.
+/// Determinism: adapter/forward.hpp; with .reads = sequence a token depends on its sequence.
+/// Merge:       none where S reads tokens or sequences; exact for one task: merge(be, adapter, W, {.task = τ}).
 /// Example:     examples/train
 #pragma once
 #include <loramix/adapter/mixture.hpp>
@@ -19,7 +21,7 @@
 namespace loramix {
 inline namespace LORAMIX_ABI {
 
-/// `rank` is of one expert; hidden = 0 makes S linear.
+/// `rank` is of one expert; hidden = 0 makes S linear. `pooling` is of sequences; `tasks` and `embedding` of tasks.
 struct TeamLoraConfig {
   Index d_in = 0;
   Index d_out = 0;
@@ -29,6 +31,10 @@ struct TeamLoraConfig {
   double dropout = 0;
   Index hidden = 64;
   Competition competition = Competition::learned;
+  Reads reads = Reads::token;
+  Pooling pooling = Pooling::mean;
+  Index tasks = 0;
+  Index embedding = 64;
 
   static TeamLoraConfig of(const Shape& shape) {
     const MixtureConfig c = MixtureConfig::of(shape);
@@ -39,88 +45,57 @@ struct TeamLoraConfig {
     MixtureConfig::fields(self, f);
     f("hidden", self.hidden);
     f("competition", self.competition);
+    f("reads", self.reads);
+    f("pooling", self.pooling);
+    f("tasks", self.tasks);
+    f("embedding", self.embedding);
   }
+  Index rows_of_S() const { return hidden != 0 ? hidden : experts; }
+  Index columns_of_S() const { return reads == Reads::task ? embedding : d_in; }
+  Index router_rows() const { return reads == Reads::task ? 0 : rows_of_S(); }
 };
 
-/// Owns A, B, S and M.
-template <class P = float, Space S = Space::host, class T = typename precision_t<P>::weight>
-class TeamLora {
- public:
+/// What makes a mixture TeamLoRA.
+struct TeamLoraMethod {
   using Config = TeamLoraConfig;
-  using precision = precision_t<P>;
-  using element = T;
-  template <class U, Space V = S>
-  using rebind = TeamLora<P, V, U>;
-  static constexpr Space space = S;
   static constexpr const char* kind = "team_lora";
+  static constexpr bool shared_A = false;
 
-  explicit TeamLora(const Config& config)
-      : config_(detail::checked_mixture("TeamLora", config)),
-        parameters_({detail::size_of(ranks(), config.d_in), detail::size_of(config.d_out, ranks()),
-                     detail::size_of(side_rows(), config.d_in), config.hidden,
-                     detail::size_of(config.experts, config.hidden), config.experts,
-                     detail::size_of(config.experts, config.experts)}) {}
-
-  const Config& config() const { return config_; }
-  VectorView<T, S> parameters() { return parameters_.flat(); }
-  VectorView<const T, S> parameters() const { return parameters_.flat(); }
-  Index ranks() const { return config_.experts * config_.rank; }
-  double scale() const { return config_.rank == 0 ? 0 : config_.alpha / static_cast<double>(config_.rank); }
-  double dropout() const { return config_.dropout; }
-
-  auto A() { return parameters_.matrix(0, ranks(), config_.d_in); }
-  auto A() const { return parameters_.matrix(0, ranks(), config_.d_in); }
-  auto B() { return parameters_.rank_major(1, config_.d_out, ranks()); }
-  auto B() const { return parameters_.rank_major(1, config_.d_out, ranks()); }
-  auto gate() { return gate_of<T>(*this); }
-  auto gate() const { return gate_of<const T>(*this); }
-
-  Cost cost(Index tokens) const {
-    return product_cost<precision>(tokens, config_.d_in, config_.d_out, ranks(), ranks(), side_rows());
+  static void check(const Config& c) {
+    check::at_least(kind, "hidden", c.hidden, 0);
+    if (c.reads != Reads::task) return;
+    check::at_least(kind, "tasks", c.tasks, 1);
+    check::at_least(kind, "embedding", c.embedding, 1);
   }
-  template <class Self, class F>
-  static void visit(Self& self, F&& f) {
-    const auto gate = self.gate();
-    f("lora_A.weight", self.A(), group::A);
-    f("lora_B.weight", self.B(), group::B);
-    f("shapley.0.weight", gate.S1, group::router);
-    f("shapley.0.bias", gate.b1, group::bias);
-    f("shapley.2.weight", gate.S2, group::router);
-    f("shapley.2.bias", gate.b2, group::bias);
-    f("interaction.weight", gate.M, group::interaction);
+  static std::array<RouterParameter, 6> router(const Config& c) {
+    return {{{"shapley.0.weight", c.rows_of_S(), c.columns_of_S()},
+             {"shapley.0.bias", 1, c.hidden, group::bias},
+             {"shapley.2.weight", c.experts, c.hidden},
+             {"shapley.2.bias", 1, c.experts, group::bias},
+             {"interaction.weight", c.experts, c.experts, group::interaction},
+             {"task_embedding.weight", c.reads == Reads::task ? c.tasks : 0, c.embedding, group::embedding}}};
   }
-  template <class Fill>
-  void start(Fill& fill) {
-    const auto gate = this->gate();
-    const double bound = 1 / std::sqrt(static_cast<double>(config_.d_in));
-    fill.uniform("lora_A.weight", A(), bound);
-    fill.zero(B());
-    fill.uniform("shapley.0.weight", gate.S1, bound);
-    if (config_.hidden != 0)
-      fill.uniform("shapley.2.weight", gate.S2, 1 / std::sqrt(static_cast<double>(config_.hidden)));
-    fill.zero(gate.b1);
-    fill.zero(gate.b2);
-    fill.uniform("interaction.weight", gate.M, 0, 1 / static_cast<double>(config_.experts));
-    for (Index e = 0; e < config_.experts; ++e) gate.M(e, e) = narrow<T>(1.0);
+  template <class W, class Score, Space S, class Views>
+  static CompetitionGate<W, Score, S> gate(const Config& c, const Views& v) {
+    return CompetitionGate<W, Score, S>{
+        v[0], v[1], c.hidden != 0 ? v[2] : MatrixView<W, S>{}, v[3], v[4], c.competition, c.reads, c.pooling, v[5]};
   }
-
- private:
-  Index side_rows() const { return config_.hidden != 0 ? config_.hidden : config_.experts; }
-  template <class W, class Self>
-  static CompetitionGate<W, typename precision::score, S> gate_of(Self& self) {
-    const Config& c = self.config_;
-    auto& p = self.parameters_;
-    return {p.matrix(2, self.side_rows(), c.d_in),
-            p.matrix(3, 1, c.hidden),
-            c.hidden != 0 ? p.matrix(4, c.experts, c.hidden) : MatrixView<W, S>{},
-            p.matrix(5, 1, c.experts),
-            p.matrix(6, c.experts, c.experts),
-            c.competition};
+  template <class Fill, class Views>
+  static void start_router(Fill& fill, const Config& c, const Views& v) {
+    const auto bound = [](Index width) { return 1 / std::sqrt(static_cast<double>(width)); };
+    fill.uniform("shapley.0.weight", v[0], bound(c.columns_of_S()));
+    if (c.hidden != 0) fill.uniform("shapley.2.weight", v[2], bound(c.hidden));
+    fill.zero(v[1]);
+    fill.zero(v[3]);
+    fill.uniform("interaction.weight", v[4], 0, 1 / static_cast<double>(c.experts));
+    for (Index e = 0; e < c.experts; ++e) fill.constant(v[4].block(e, 1, e, 1), 1);
+    fill.normal("task_embedding.weight", v[5], 1);
   }
-
-  Config config_;
-  Parameters<T, S, 7> parameters_;
 };
+
+/// lm::TeamLora<float> team({.d_in = …, .d_out = …, .experts = 4, .rank = 8});
+template <class P = float, Space S = Space::host, class T = typename precision_t<P>::weight>
+using TeamLora = Mixture<TeamLoraMethod, P, S, T>;
 
 }  // namespace LORAMIX_ABI
 }  // namespace loramix

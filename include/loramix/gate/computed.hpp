@@ -7,7 +7,7 @@
 ///     State; carve(arena, tokens, training) → State    the gate's values, trivially copyable; `training`: also room for what
 ///                                         losses add (State::dp, dlogits)
 ///     form(state, call, ranks)            the normal form: views of the State
-///     gradient(dstate)                    where the form's gradient goes: views of a State that holds gradients
+///     gradient(dstate) or (dstate, call)  where the form's gradient goes: views of a State that holds gradients
 ///     scores(state, h, dh) or (…, call)   a Scores: logits and probabilities for losses and telemetry; by_token false
 ///                                         where rows are sequences or tasks
 ///   and, row by row,
@@ -67,7 +67,9 @@ concept ComputedGate = Gate<G> && requires(const G& gate, const typename G::Stat
   { gate.side().rows } -> std::convertible_to<Index>;
   { gate.carve(arena, n, true) } -> std::convertible_to<typename G::State>;
   { gate.form(state, call, n).ranks } -> std::convertible_to<Index>;
-  gate.gradient(state);
+  requires requires { gate.gradient(state); } || requires {
+    gate.gradient(state, call);
+  };
 };
 
 }  // namespace LORAMIX_ABI

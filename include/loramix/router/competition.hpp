@@ -1,22 +1,26 @@
 /// TeamLoRA's competition: a learned stand-in for the experts' Shapley values, and a matrix in which they interact.
 ///
-/// Computes:    φ = softmax(S(x)),  ω = M φ, the gate; S = linear, or linear (hidden rows) + SiLU + linear. ω is not
-///              renormalised and may be negative.
-///              dM += Σ_t dω φᵀ,  dφ = Mᵀ dω,  and through the softmax and S (MATH.md section 3).
-/// Source:      TeamLoRA, arXiv 2408.09856. The form of S is ours: no source fixes it.
-/// Reads:       S₁ [hidden or E, d_in] (side rows), b₁ [1, hidden], S₂ [E, hidden], b₂ [1, E], M [E, E].
-/// Writes:      State: activations, logits, φ, ω [T, …], assigned.
-/// Adds to:     dh [T, hidden or E]; the gradient gate's b₁, S₂, b₂, M, or assigns with Into::set.
-/// Errors:      shapes are checked by the adapter that owns the parameters.
-/// Cost:        T·E·(hidden + E) multiplications beside the side rows' 2·T·hidden·d_in flop.
-/// Determinism: a row depends on itself only; parameter gradients sum tokens in a fixed order.
-/// Example:     tests/adapter
+/// Computes:    φ = softmax(S(v)),  ω = M φ, the gate; S = linear, or linear (hidden rows) + SiLU + linear. ω is not
+///              renormalised and may be negative. v is the token, its sequence's mean or last valid row (pooled after S₁:
+///              the same by linearity), or the embedding of its task.
+///              dM += Σ_v dω φᵀ,  dφ = Mᵀ dω,  and through the softmax and S (MATH.md section 3).
+/// Source:      TeamLoRA, arXiv 2408.09856. The form of S, and reading anything but tokens, are ours: no source fixes them.
+/// Reads:       S₁ [hidden or E, d_in] (side rows; [hidden or E, dim] of a task's embedding), b₁ [1, hidden], S₂ [E, hidden],
+///              b₂ [1, E], M [E, E], embedding [tasks, dim].
+/// Writes:      State: S₁v, activations, logits, φ, ω [rows, …], assigned; rows are tokens, sequences or tasks.
+/// Adds to:     dh [T, hidden or E]; the gradient gate's b₁, S₂, b₂, M, of tasks also S₁ and embedding, or assigns with
+///              Into::set.
+/// Errors:      shapes are checked by the adapter that owns the parameters; a batch without tasks, or as
+///              router/sequence.hpp.
+/// Cost:        rows·E·(hidden + E) multiplications beside the side rows' 2·T·hidden·d_in flop, or 2·tasks·hidden·dim.
+/// Determinism: a row depends on itself only; parameter gradients sum rows in a fixed order.
+/// Example:     tests/router/competition.cpp
 #pragma once
 #include <cmath>
 
-#include <loramix/gate/softmax.hpp>
-#include <loramix/ops/column_sum.hpp>
 #include <loramix/ops/token_product.hpp>
+#include <loramix/router/sequence.hpp>
+#include <loramix/router/task.hpp>
 
 namespace loramix {
 inline namespace LORAMIX_ABI {
@@ -42,14 +46,18 @@ LORAMIX_HD T silu_slope(T z) {
 }
 }  // namespace detail
 
-/// What the gate leaves for backward.
+/// What S is given.
+enum class Reads { token, sequence, task };
+
+/// What the gate leaves for backward. Rows are tokens, sequences (in room for T) or tasks.
 template <class Score, Space S>
 struct CompetitionState {
-  MatrixView<Score, S> activation;   // [T, hidden] SiLU(h + b₁); in a gradient: of h + b₁
-  MatrixView<Score, S> logits;       // [T, E]
-  MatrixView<Score, S> p;            // [T, E] φ
-  MatrixView<Score, S> weights;      // [T, E] ω
-  MatrixView<Score, S> dp, dlogits;  // [T, E] losses add to them
+  MatrixView<Score, S> z;            // [rows, hidden or E] S₁v; of tokens: their side rows, not here
+  MatrixView<Score, S> activation;   // [rows, hidden] SiLU(z + b₁); in a gradient: of z + b₁
+  MatrixView<Score, S> logits;       // [rows, E]
+  MatrixView<Score, S> p;            // [rows, E] φ
+  MatrixView<Score, S> weights;      // [rows, E] ω
+  MatrixView<Score, S> dp, dlogits;  // [rows, E] losses add to them
 };
 
 /// W is const in an adapter and mutable in its gradient.
@@ -57,42 +65,66 @@ template <class W, class Score, Space S = Space::host>
 struct CompetitionGate {
   static constexpr GateFacts facts{Sparsity::dense, Slots::weights, false};
   static constexpr Space space = S;
+  static constexpr bool by_task = true;  // where S reads the task: merges task by task
   using State = CompetitionState<Score, S>;
 
-  MatrixView<W, S> S1;  // [hidden or E, d_in]
+  MatrixView<W, S> S1;  // [hidden or E, d_in or dim]
   MatrixView<W, S> b1;  // [1, hidden]
   MatrixView<W, S> S2;  // [E, hidden], empty: S is linear
   MatrixView<W, S> b2;  // [1, E]
   MatrixView<W, S> M;   // [E, E]
   Competition form_of = Competition::learned;
+  Reads reads = Reads::token;
+  Pooling pooling = Pooling::mean;  // of sequences
+  MatrixView<W, S> embedding{};     // [tasks, dim]
 
   LORAMIX_HD Index experts() const { return M.rows; }
   LORAMIX_HD Index hidden() const { return b1.cols; }
+  /// 0 where S does not read the task.
+  Index tasks() const { return reads == Reads::task ? embedding.rows : 0; }
+  LORAMIX_HD TaskScorer<W, Score, S> scorer() const { return {embedding, S1, {}}; }
 
-  MatrixView<W, S> side() const { return S1; }
+  MatrixView<W, S> side() const { return reads == Reads::task ? MatrixView<W, S>{} : S1; }
+  void check(const char* op, const GateCall<S>& call) const {
+    if (reads == Reads::task) detail::check_tasks(op, call, tasks());
+    if (reads == Reads::sequence) SequenceRows<S>{call}.check(op);
+  }
   State carve(Arena<S>& arena, Index tokens, bool training) const {
+    const auto scores = [&](Index columns) { return arena.template matrix<Score>(room(tokens), columns); };
     State state;
-    state.activation = arena.template matrix<Score>(tokens, hidden());
-    for (MatrixView<Score, S>* m : {&state.logits, &state.p, &state.weights}) {
-      *m = arena.template matrix<Score>(tokens, experts());
-    }
+    if (reads != Reads::token) state.z = scores(S1.rows);
+    state.activation = scores(hidden());
+    for (MatrixView<Score, S>* m : {&state.logits, &state.p, &state.weights}) *m = scores(experts());
     if (training) {
-      state.dp = arena.template matrix<Score>(tokens, experts());
-      state.dlogits = arena.template matrix<Score>(tokens, experts());
+      state.dp = scores(experts());
+      state.dlogits = scores(experts());
     }
     return state;
   }
   GateForm<Score, S> form(const State& state, const GateCall<S>& call, Index ranks) const {
-    return TokenExperts<Score, S>{state.weights}.form(call.tokens, ranks);
+    const Index n = rows(call);
+    Groups<S> groups{};
+    if (reads == Reads::task) groups = call.batch.tasks;
+    if (reads == Reads::sequence && n != 0) groups = call.batch.sequences;
+    return GroupExperts<Score, S>{state.weights.row_range(0, n), groups}.form(call.tokens, ranks);
   }
-  GateGradient<Score, S> gradient(const State& state) const { return {.weights = state.weights}; }
-  Scores<Score, S> scores(const State& state, MatrixView<Score, S>, MatrixView<Score, S>) const {
-    return {.logits = state.logits, .p = state.p, .dlogits = state.dlogits, .dp = state.dp, .weights = state.weights};
+  GateGradient<Score, S> gradient(const State& state, const GateCall<S>& call) const {
+    return {.weights = state.weights.row_range(0, rows(call))};
+  }
+  Scores<Score, S> scores(const State& state, MatrixView<Score, S>, MatrixView<Score, S>,
+                          const GateCall<S>& call) const {
+    const Index n = rows(call), trained = state.dp.data == nullptr ? 0 : n;
+    return {.logits = state.logits.row_range(0, n),
+            .p = state.p.row_range(0, n),
+            .dlogits = state.dlogits.row_range(0, trained),
+            .dp = state.dp.row_range(0, trained),
+            .weights = state.weights.row_range(0, n),
+            .by_token = reads == Reads::token || (reads == Reads::sequence && call.batch.sequences.per_token())};
   }
 
   template <class Backend>
   Index scratch(const Backend& be, Index tokens) const {
-    const MatrixView<const Score, S> left{nullptr, tokens, experts()}, right{nullptr, tokens, hidden()};
+    const MatrixView<const Score, S> left{nullptr, room(tokens), experts()}, right{nullptr, room(tokens), hidden()};
     const Index a = scratch_bytes(be, TokenProduct<Score, Score, S>{left, left, {nullptr, experts(), experts()}});
     const Index b = scratch_bytes(be, TokenProduct<Score, Score, S>{left, right, {nullptr, experts(), hidden()}});
     return a > b ? a : b;
@@ -100,37 +132,45 @@ struct CompetitionGate {
 
   template <class Backend>
   void forward(const Backend& be, MatrixView<Score, S> h, const State& state, const GateCall<S>& call, Arena<S>) const {
-    for_rows<S>(be, call.tokens, Forward{*this, h, state});
+    for_rows<S>(be, rows(call), Forward{*this, {call, pooling}, h, reads == Reads::token ? h : state.z, state});
   }
 
   template <class Backend, class GradientGate>
   void backward(const Backend& be, MatrixView<Score, S> h, const State& state, const State& dstate,
                 MatrixView<Score, S> dh, const GateCall<S>& call, const GradientGate& gradient, Into into,
                 Arena<S> work) const {
-    for_rows<S>(be, call.tokens, Backward{*this, h, state, dstate, dh});
+    const Index n = rows(call);
+    for_rows<S>(be, n, Backward{*this, {call, pooling}, reads == Reads::token ? h : state.z, state, dstate, dh});
     if constexpr (!is_frozen<GradientGate>) {
-      const Index used = form_of == Competition::identity ? 0 : call.tokens;  // M is not read: its gradient is 0
-      add_product(be, dstate.weights.row_range(0, used), state.p.row_range(0, used), gradient.M, into, work);
-      add_sum(be, dstate.logits, gradient.b2, into);
-      if (S2.data == nullptr) return;
-      add_product(be, dstate.logits, state.activation, gradient.S2, into, work);
-      add_sum(be, dstate.activation, gradient.b1, into);
+      const auto used = [n](MatrixView<Score, S> m) { return m.row_range(0, n); };
+      const Index read = form_of == Competition::identity ? 0 : n;  // M is not read: its gradient is 0
+      add_product(be, dstate.weights.row_range(0, read), state.p.row_range(0, read), gradient.M, into, work);
+      add_sum(be, used(dstate.logits), gradient.b2, into);
+      if (S2.data != nullptr) {
+        add_product(be, used(dstate.logits), used(state.activation), gradient.S2, into, work);
+        add_sum(be, used(dstate.activation), gradient.b1, into);
+      }
+      if (reads == Reads::task) scorer().backward(be, dstate.z, gradient.scorer(), into);
     }
   }
 
   // Row bodies are public: nvcc takes no private type as a kernel's argument.
   struct Forward {
     CompetitionGate gate;
+    SequenceRows<S> sequences;
     MatrixView<const Score, S> h;
+    MatrixView<Score, S> z;
     State state;
 
     template <Team Tm>
     LORAMIX_HD void operator()(const Tm& team, Index t) const {
       const Index E = gate.experts(), hidden = gate.hidden();
-      team.each(hidden, [&](Index i) { state.activation(t, i) = detail::silu(h(t, i) + widen<Score>(gate.b1(0, i))); });
+      if (gate.reads == Reads::task) gate.scorer().logits(team, t, z.row(t));
+      if (gate.reads == Reads::sequence) sequences.pool(team, t, h, MatrixView<W, S>{}, z);
+      team.each(hidden, [&](Index i) { state.activation(t, i) = detail::silu(z(t, i) + widen<Score>(gate.b1(0, i))); });
       team.each(E, [&](Index e) {
         Score logit = widen<Score>(gate.b2(0, e));
-        if (gate.S2.data == nullptr) logit += h(t, e);
+        if (gate.S2.data == nullptr) logit += z(t, e);
         for (Index i = 0; i < hidden; ++i) logit += widen<Score>(gate.S2(e, i)) * state.activation(t, i);
         state.logits(t, e) = logit;
         if (state.dp.data != nullptr) state.dp(t, e) = state.dlogits(t, e) = Score(0);
@@ -152,7 +192,8 @@ struct CompetitionGate {
 
   struct Backward {
     CompetitionGate gate;
-    MatrixView<const Score, S> h;
+    SequenceRows<S> sequences;
+    MatrixView<const Score, S> z;
     State state, dstate;
     MatrixView<Score, S> dh;
 
@@ -171,20 +212,35 @@ struct CompetitionGate {
         detail::softmax_backward_row(team, E, state.p.row(t), dstate.p.row(t), Score(1), dstate.logits.row(t));
       }
       if (gate.S2.data == nullptr) {
-        team.each(E, [&](Index e) { dh(t, e) += dstate.logits(t, e); });
-        return;
+        team.each(E, [&](Index e) { give(t, e, dstate.logits(t, e)); });
+      } else {
+        team.each(hidden, [&](Index i) {
+          Score slope = Score(0);
+          for (Index e = 0; e < E; ++e) slope += widen<Score>(gate.S2(e, i)) * dstate.logits(t, e);
+          slope *= detail::silu_slope(z(t, i) + widen<Score>(gate.b1(0, i)));
+          dstate.activation(t, i) = slope;
+          give(t, i, slope);
+        });
       }
-      team.each(hidden, [&](Index i) {
-        Score slope = Score(0);
-        for (Index e = 0; e < E; ++e) slope += widen<Score>(gate.S2(e, i)) * dstate.logits(t, e);
-        slope *= detail::silu_slope(h(t, i) + widen<Score>(gate.b1(0, i)));
-        dstate.activation(t, i) = slope;
-        dh(t, i) += slope;
-      });
+      if (gate.reads == Reads::sequence) sequences.pool_backward(team, t, MatrixView<const Score, S>(dstate.z), dh);
+    }
+
+   private:
+    /// dz(t, i).
+    LORAMIX_HD void give(Index t, Index i, Score value) const {
+      if (gate.reads == Reads::token)
+        dh(t, i) += value;
+      else
+        dstate.z(t, i) = value;
     }
   };
 
  private:
+  Index rows(const GateCall<S>& call) const {
+    if (reads == Reads::task) return embedding.rows;
+    return reads == Reads::sequence ? SequenceRows<S>{call}.count() : call.tokens;
+  }
+  Index room(Index tokens) const { return reads == Reads::task ? embedding.rows : tokens; }
   template <class Backend, class G>
   static void add_product(const Backend& be, MatrixView<Score, S> left, MatrixView<Score, S> right,
                           MatrixView<G, S> out, Into into, Arena<S> work) {

@@ -49,7 +49,7 @@ struct SequenceRows {
     if (!labels.empty()) check::same(op, "labels", "size", labels.size, "the number of sequences", count());
   }
 
-  /// logits(b, :) = the pooled rows of h, plus the bias.
+  /// logits(b, :) = the pooled rows of h, plus the bias where there is one.
   template <Team Tm, class W, class Score>
   LORAMIX_HD void pool(const Tm& team, Index b, MatrixView<const Score, S> h, MatrixView<W, S> bias,
                        MatrixView<Score, S> logits) const {
@@ -57,7 +57,8 @@ struct SequenceRows {
     team.each(logits.cols, [&](Index e) {
       Score sum = Score(0);
       for (Index t = share.first; t <= share.last; ++t) sum += call.batch.is_valid(t) ? h(t, e) : Score(0);
-      logits(b, e) = (share.rows == 0 ? Score(0) : sum / Score(share.rows)) + widen<Score>(bias(0, e));
+      const Score pooled = share.rows == 0 ? Score(0) : sum / Score(share.rows);
+      logits(b, e) = bias.data == nullptr ? pooled : pooled + widen<Score>(bias(0, e));
     });
   }
   /// dh(t, :) += what dlogits(b, :) gives each of its rows.
