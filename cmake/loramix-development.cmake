@@ -44,3 +44,18 @@ target_compile_options(loramix_warnings INTERFACE
   $<$<AND:$<BOOL:${LORAMIX_WERROR}>,${_gnu_like}>:-Werror>
   $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra>
   $<$<AND:$<BOOL:${LORAMIX_WERROR}>,$<COMPILE_LANGUAGE:CUDA>>:-Werror=all-warnings>)
+
+# loramix_adapters: examples/adapters/list.hpp, whose adapter_headers.hpp includes every header of the library's adapters
+# and of that folder: a new adapter is a file there and a line in the list.
+loramix_headers(_adapters adapter/*.hpp)
+list(TRANSFORM _adapters REPLACE ${LORAMIX_INCLUDE_DIR}/ "")
+file(GLOB _own RELATIVE ${PROJECT_SOURCE_DIR}/examples CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/examples/adapters/*.hpp)
+list(REMOVE_ITEM _own adapters/list.hpp)
+set(_text "")
+foreach(_header IN LISTS _adapters _own)
+  string(APPEND _text "#include <${_header}>\n")
+endforeach()
+file(CONFIGURE OUTPUT ${PROJECT_BINARY_DIR}/generated/adapter_headers.hpp CONTENT "${_text}" @ONLY)
+add_library(loramix_adapters INTERFACE)
+target_include_directories(loramix_adapters INTERFACE ${PROJECT_SOURCE_DIR}/examples ${PROJECT_BINARY_DIR}/generated)
+target_link_libraries(loramix_adapters INTERFACE loramix_core)

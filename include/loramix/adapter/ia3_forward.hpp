@@ -95,6 +95,7 @@ void backward(const Backend& be, const A& adapter, Ia3Saved<A>& saved,
   const Index n = adapter.config().width();
   check::shape("backward", "x", x, "the number of tokens", saved.tokens, "the size of l", n);
   check::shape("backward", "dy", dy, "the number of tokens", saved.tokens, "the size of l", n);
+  if (dx.data != nullptr) check::shape("backward", "dx", dx, "the number of tokens", saved.tokens, "the size of l", n);
   const bool recompute = saved.x.data == nullptr;
   const auto kept = recompute ? work.template matrix<Acc>(x.rows, x.cols) : saved.x;
   OutputScaleBackward<typename A::element, Acc, X, X, A::space> op{{adapter.l().data, n}, kept, dy, dx,
