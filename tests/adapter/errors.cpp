@@ -4,7 +4,8 @@
 namespace loramix_test {
 namespace {
 
-TEST_CASE_TEMPLATE("forward refuses wrong calls, and nothing is written or reserved", K, LORAMIX_TEST_KINDS(float)) {
+TEST_CASE_TEMPLATE("forward refuses wrong calls, and nothing is written or reserved", K, LoraKind<float>,
+                   FusedKind<float>, MixtureKind<float>) {
   using A = typename K::Adapter;
   Batch<A> b(K::config(), 9);
   const Index in = b.adapter.config().d_in, out = b.adapter.config().d_out;
@@ -58,7 +59,8 @@ TEST_CASE_TEMPLATE("forward refuses wrong calls, and nothing is written or reser
           [&] { lm::forward(b.be, b.adapter, x, ok, work, {.save = &reserve}); });
 }
 
-TEST_CASE_TEMPLATE("backward refuses what does not belong together, and writes nothing", K, LORAMIX_TEST_KINDS(float)) {
+TEST_CASE_TEMPLATE("backward refuses what does not belong together, and writes nothing", K, LoraKind<float>,
+                   FusedKind<float>, MixtureKind<float>) {
   using A = typename K::Adapter;
   using Code = lm::ErrorCode;
   Batch<A> b(K::config(), 9), other(K::config(), 9, 1);

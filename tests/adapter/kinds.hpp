@@ -1,4 +1,5 @@
-// The adapters under test, each at a small shape of primes, and what every test of them needs.
+// Adapters at small shapes of primes, in several precisions, and what the tests of this room need. What all adapters have in
+// common is tested in tests/suite.
 #pragma once
 #include <doctest/doctest.h>
 
@@ -10,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include <loramix/adapter/ada_lora.hpp>
 #include <loramix/adapter/explain.hpp>
 #include <loramix/adapter/fused_forward.hpp>
 #include <loramix/adapter/initialise.hpp>
@@ -21,7 +23,6 @@
 
 #include "../examples/train/mixture.hpp"
 #include "core/caught.hpp"
-#include "support/scaled_lora.hpp"
 #include "support/seed.hpp"
 
 namespace loramix_test {
@@ -69,13 +70,10 @@ struct MixtureKind {
   }
 };
 template <class P>
-struct ScaledKind {
-  using Adapter = ScaledLora<P>;
-  static lm::LoraConfig config() { return {.d_in = 13, .d_out = 11, .rank = 5, .alpha = 7, .dropout = 0.5}; }
+struct ScaledKind {  // a gate whose values are parameters
+  using Adapter = lm::AdaLora<P>;
+  static lm::AdaLoraConfig config() { return {.d_in = 13, .d_out = 11, .rank = 5, .alpha = 7, .dropout = 0.5}; }
 };
-
-#define LORAMIX_TEST_KINDS(P) \
-  LoraKind<P>, RankStabilisedKind<P>, RankZeroKind<P>, FusedKind<P>, SharedKind<P>, MixtureKind<P>, ScaledKind<P>
 
 /// Uniform numbers in (−1, 1).
 class Random {

@@ -74,18 +74,6 @@ TEST_CASE_TEMPLATE("y += s (x A^T) B^T, with and without dropout", P, double, fl
   }
 }
 
-TEST_CASE_TEMPLATE("without a token, an input or an output nothing happens, and gradients are set to zero", K,
-                   LORAMIX_TEST_KINDS(double)) {
-  Batch<typename K::Adapter> b(K::config(), 0);
-  auto grad = lm::zeros_like(b.adapter);
-  poison(grad);
-  lm::Arena<> reserve = b.memory.arena();
-  auto y = b.zeros_y();
-  auto saved = b.forward(y, {.save = &reserve, .key = b.key});
-  b.backward(saved, b.zeros_dx(), grad, {.parameters = lm::Into::set});
-  CHECK(same_parameters(grad, lm::zeros_like(b.adapter)));
-}
-
 TEST_CASE("inputs or outputs of width 0") {
   for (const bool no_input : {true, false}) {
     const lm::LoraConfig config{.d_in = no_input ? 0 : 5, .d_out = no_input ? 5 : 0, .rank = 3};
@@ -139,78 +127,20 @@ TEST_CASE("B = 0: the output is exactly 0, A has no gradient, B has one") {
   CHECK(up > 1);
 }
 
-TEST_CASE_TEMPLATE("Into::set never reads y, dx or the gradient, and equals adding to zero", K,
-                   LORAMIX_TEST_KINDS(double)) {
-  Batch<typename K::Adapter> b(K::config(), 9);
-  auto added_y = b.zeros_y(), added_dx = b.zeros_dx();
-  auto set_dx = constant<double>(9, K::config().d_in, nan);
-  auto set_y = added_y;
-  if constexpr (requires { K::config().slices; }) {  // columns outside the slices stay what they are
-    for (const lm::Slice& slice : K::config().slices) {
-      for (Index t = 0; t < 9; ++t) std::fill_n(&set_y(t, slice.begin), slice.width, nan);
-    }
-  } else {
-    set_y = constant<double>(9, K::config().d_out, nan);
-  }
-  auto added = lm::zeros_like(b.adapter), set = lm::zeros_like(b.adapter);
-  poison(set);
+TEST_CASE("without a key the adapter's dropout is off, and dropout_off says so while saving") {
+  Batch<lm::Lora<float>> b(LoraKind<float>::config(), 9);
+  auto plain = LoraKind<float>::config();
+  plain.dropout = 0;
+  Batch<lm::Lora<float>> without(plain, 9);
+  auto y = b.zeros_y(), y_off = b.zeros_y(), want = b.zeros_y(), dropped = b.zeros_y();
   lm::Arena<> reserve = b.memory.arena();
-  auto saved = b.forward(added_y, {.save = &reserve, .key = b.key});
-  b.backward(saved, added_dx, added);
-  reserve.reset();
-  saved = b.forward(set_y, {.save = &reserve, .key = b.key, .into = lm::Into::set});
-  b.backward(saved, set_dx, set, {lm::Into::set, lm::Into::set});
-  CHECK(same_bits(added_y, set_y));
-  CHECK(same_bits(added_dx, set_dx));
-  CHECK(same_parameters(added, set));
-}
-
-TEST_CASE_TEMPLATE("adding twice to a gradient and to dx doubles them", K, LORAMIX_TEST_KINDS(double)) {
-  Batch<typename K::Adapter> b(K::config(), 9);
-  auto once = lm::zeros_like(b.adapter), twice = lm::zeros_like(b.adapter);
-  auto dx = b.zeros_dx(), dx2 = b.zeros_dx();
-  for (int run = 0; run < 3; ++run) {
-    auto y = b.zeros_y();
-    lm::Arena<> reserve = b.memory.arena();
-    auto saved = b.forward(y, {.save = &reserve, .key = b.key});
-    b.backward(saved, run == 0 ? dx : dx2, run == 0 ? once : twice);
-  }
-  for (Index i = 0; i < once.parameters().size; ++i) {
-    REQUIRE(twice.parameters()[i] == 2 * once.parameters()[i]);  // v + v is exact
-  }
-  for (Index i = 0; i < 9 * K::config().d_in; ++i) REQUIRE(dx2.data()[i] == 2 * dx.data()[i]);
-}
-
-TEST_CASE_TEMPLATE("micro-batches that say their first token are the large batch", K, LORAMIX_TEST_KINDS(double)) {
-  using A = typename K::Adapter;
-  constexpr Index tokens = 13;
-  Batch<A> b(K::config(), tokens);
-  const auto step = [&](Index begin, Index count, lm::Matrix<double>& y, lm::Matrix<double>& dx, auto& grad) {
-    lm::Key key = b.key;
-    key.first_token += static_cast<std::uint64_t>(begin);
-    lm::Arena<> reserve = b.memory.arena();
-    const auto x = lm::MatrixView<const double>(b.x).row_range(begin, count);
-    const auto dy = lm::MatrixView<const double>(b.dy).row_range(begin, count);
-    auto saved = lm::forward(b.be, b.adapter, x, y.view().row_range(begin, count), b.work.arena(), {&reserve, key});
-    lm::backward(b.be, b.adapter, saved, x, dy, dx.view().row_range(begin, count), grad, b.work.arena());
-  };
-  auto whole_y = b.zeros_y(), part_y = b.zeros_y(), whole_dx = b.zeros_dx(), part_dx = b.zeros_dx();
-  auto whole = lm::zeros_like(b.adapter), parts = lm::zeros_like(b.adapter);
-  step(0, tokens, whole_y, whole_dx, whole);
-  step(0, 5, part_y, part_dx, parts);
-  step(5, 1, part_y, part_dx, parts);
-  step(6, 7, part_y, part_dx, parts);
-  CHECK(same_bits(whole_y, part_y));
-  CHECK(same_bits(whole_dx, part_dx));
-  for (Index i = 0; i < whole.parameters().size; ++i) {  // sums of 13 terms below 40, in another order
-    REQUIRE(std::abs(whole.parameters()[i] - parts.parameters()[i]) <= 13 * 0x1p-52 * 13 * 40);
-  }
-  auto other_y = b.zeros_y();
-  step(0, 5, other_y, part_dx, parts);
-  lm::Key wrong = b.key;  // without .first_token the second micro-batch draws the first one's masks
-  lm::forward(b.be, b.adapter, lm::MatrixView<const double>(b.x).row_range(5, 8), other_y.view().row_range(5, 8),
-              b.work.arena(), {.key = wrong});
-  if (lm::parameter_count(b.adapter) != 0) CHECK_FALSE(same_bits(whole_y, other_y));
+  b.forward(y);
+  b.forward(y_off, {.save = &reserve, .dropout_off = true});
+  b.forward(dropped, {.key = b.key});
+  without.forward(want, {.key = b.key});
+  CHECK(same_bits(y, want));
+  CHECK(same_bits(y_off, want));
+  CHECK_FALSE(same_bits(dropped, want));
 }
 
 TEST_CASE("gradients of 16-bit weights and activations are the float gradients of the rounded values") {

@@ -147,12 +147,12 @@ inline std::vector<Ids> with_capacity(std::vector<Ids> ids, const std::vector<Ro
   int tokens = 0;
   for (int t = 0; t < T; ++t) tokens += valid.empty() || valid[static_cast<std::size_t>(t)] != 0;
   const int places = static_cast<int>(std::ceil(cf * k * tokens / experts - 1e-6));
-  struct Choice {
+  struct Wish {
     std::size_t t, s;
     double weight;
   };
   for (int e = 0; e < experts; ++e) {
-    std::vector<Choice> wanted;
+    std::vector<Wish> wanted;
     for (std::size_t t = 0; t < ids.size(); ++t) {
       if (!valid.empty() && valid[t] == 0) continue;
       for (std::size_t s = 0; s < ids[t].size(); ++s) {
@@ -160,7 +160,7 @@ inline std::vector<Ids> with_capacity(std::vector<Ids> ids, const std::vector<Ro
       }
     }
     if (priority) {
-      std::stable_sort(wanted.begin(), wanted.end(), [](const Choice& a, const Choice& b) {
+      std::stable_sort(wanted.begin(), wanted.end(), [](const Wish& a, const Wish& b) {
         return std::isnan(b.weight) ? !std::isnan(a.weight) : a.weight > b.weight;
       });
     }

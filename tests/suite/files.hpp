@@ -22,7 +22,9 @@ std::string check_file(std::size_t form, const std::string& folder) {
   forms(config)[form].change(config);
   A adapter(config);
   double value = 1;
-  A::visit(adapter, [&value](const char*, auto view, lm::ParameterGroup) {
+  std::vector<std::string> names;
+  A::visit(adapter, [&](const char* name, auto view, lm::ParameterGroup) {
+    names.push_back(name);
     for (Index i = 0; i < view.rows * view.cols; ++i) view.data[i] = lm::narrow<typename A::element>(value /= -1.01);
   });
   const std::string path = folder + "/" + A::kind + ".safetensors", module = "layers.0.mlp.up_proj";
@@ -40,6 +42,9 @@ std::string check_file(std::size_t form, const std::string& folder) {
   }
   lm::io::save(path, module, back);
   if (bytes() != first) return "the file of what was loaded differs";
+  for (const std::string& name : names) {
+    if (first.find("\"" + module + "." + name + "\"") == std::string::npos) return "the file does not name " + name;
+  }
   const std::vector<lm::io::Module> said = lm::io::list(path);
   return said.size() == 1 && said[0].name == module && said[0].kind == A::kind ? "" : "the file says another kind";
 }

@@ -170,26 +170,57 @@ TEST_CASE("suite: what is dropped is what the counters of the literal reference 
   });
 }
 
-TEST_CASE("suite: micro-batches that say their first token are the large batch") {
+TEST_CASE("suite: adding twice to a gradient and to dx doubles them") {
   for_every_subject<float>([](const Maker<float>& make) {
-    constexpr Index tokens = 12, first = 5;
+    Trial<float> trial(make, 9);
+    const Step once = step(trial, trial.call());
+    Y y = trial.new_y(), dx = trial.new_dx();
+    trial.fill_gradient(0);
+    for (int run = 0; run < 2; ++run) {
+      trial.saving(y, trial.call());
+      trial.backward(dx);
+    }
+    const std::vector<float> twice = trial.gradient();
+    for (std::size_t i = 0; i < twice.size(); ++i) REQUIRE(twice[i] == 2 * once.gradient[i]);  // v + v is exact
+    float largest = 0;
+    for (Index i = 0; i < dx.rows() * dx.cols(); ++i) largest = std::max(largest, std::abs(once.dx.data()[i]));
+    for (Index i = 0; i < dx.rows() * dx.cols(); ++i) {  // of two or three parts, each added: a rounding each
+      REQUIRE(std::abs(dx.data()[i] - 2 * once.dx.data()[i]) <= 6 * 0x1p-24f * 2 * largest);
+    }
+  });
+}
+
+TEST_CASE("suite: micro-batches that say their first token are the large batch, bit for bit") {
+  for_every_subject<float>([](const Maker<float>& make) {
+    constexpr Index tokens = 17;  // and parts of 5, 5 and 7: one class of T (MATH.md section 6)
     Trial<float> whole(make, tokens);
-    if (!whole.subject->by_token) return;
-    Y y = whole.new_y(), parts = whole.new_y();
-    whole.forward(y, whole.call());
-    for (const Index begin : {Index{0}, first}) {
-      const Index n = begin == 0 ? first : tokens - first;
+    Subject<float>& subject = *whole.subject;
+    if (!subject.by_token) return;
+    const Step want = step(whole, whole.call());
+    Y y = whole.new_y(), dx = whole.new_dx();
+    whole.fill_gradient(0);
+    for (const Index begin : {0, 5, 10}) {
+      const Index n = begin == 10 ? 7 : 5;
       Told told(n);
-      for (Index t = 0; t < n; ++t)
+      for (Index t = 0; t < n; ++t) {
         told.tasks[static_cast<std::size_t>(t)] = whole.told.tasks[static_cast<std::size_t>(begin + t)];
+      }
       Call how = whole.call();
       how.key.first_token += static_cast<std::uint64_t>(begin);
-      whole.subject->forward(lm::MatrixView<const float>(whole.x).row_range(begin, n), parts.view().row_range(begin, n),
-                             told, whole.work.arena(), nullptr, how);
+      const auto x = lm::MatrixView<const float>(whole.x).row_range(begin, n);
+      lm::Arena<> reserve = whole.kept.arena();
+      subject.forward(x, y.view().row_range(begin, n), told, whole.work.arena(), &reserve, how);
+      subject.backward(x, lm::MatrixView<const float>(whole.dy).row_range(begin, n), dx.view().row_range(begin, n),
+                       whole.work.arena());
     }
-    // 5 and 7 tokens are of another class of T than 12 only where a backend says so: compared as numbers.
-    for (Index i = 0; i < tokens * y.cols(); ++i) {
-      CHECK(std::abs(y.data()[i] - parts.data()[i]) <= 1e-5f * (1 + std::abs(y.data()[i])));
+    CHECK(same_bits(y, want.y));
+    CHECK(same_bits(dx, want.dx));
+    // Sums over 17 tokens in another order: 17 roundings of sums of absolute terms, which are below (2·13·6·11)².
+    const std::vector<float> parts = whole.gradient();
+    float largest = 0;
+    for (const float g : want.gradient) largest = std::max(largest, std::abs(g));
+    for (std::size_t i = 0; i < parts.size(); ++i) {
+      CHECK(std::abs(parts[i] - want.gradient[i]) <= 17 * 0x1p-23f * 40 * largest);
     }
   });
 }

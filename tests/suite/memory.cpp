@@ -127,6 +127,14 @@ TEST_CASE("suite: errors name the operation, the argument and both sizes, before
     refused({"loramix", "y", "null"}, forward(x, {nullptr, y.rows(), y.cols()}));
 
     Y saved = trial.new_y();
+    if (subject.draws) {
+      const Caught error = caught([&] {
+        trial.saving(saved, {});
+        trial.backward(dx);  // MixLoRA's block may be inference until here
+      });
+      CHECK_MESSAGE((error.any && error.names("key") && error.names("dropout")), error.text);
+    }
+    fill(saved, 0);
     trial.saving(saved, trial.call());
     const auto backward = [&](lm::MatrixView<const float> dy_, lm::MatrixView<float> dx_) {
       return [&trial, &subject, x, dy_, dx_] { subject.backward(x, dy_, dx_, trial.work.arena()); };

@@ -96,7 +96,7 @@ struct Trial {
   void backward(lm::MatrixView<T> dx, lm::BackwardOptions options = {}, bool parameters = true, int threads = 1) {
     subject->backward(x, dy, dx, work.arena(), options, parameters, threads);
   }
-  bool is_empty(const std::string& parameter) {
+  bool is_empty(const std::string& parameter) const {
     for (const Tensor<T>& p : subject->parameters()) {
       if (p.name == parameter) return p.size() == 0;
     }
