@@ -44,8 +44,9 @@ TEST_CASE("an op leaves the handle as it found it") {
   cudaStreamDestroy(other);
 }
 
-TEST_CASE("scratch grows with tokens up to a chunk, and not where nothing is widened") {
+TEST_CASE("composed, scratch grows with tokens up to a chunk, and not where nothing is widened") {
   GpuHarness gpu;
+  gpu.tuning.fused = false;
   const auto bytes = [&](Index tokens, bool dropout) {
     Shrink op{{nullptr, 2, 100}, {}, {nullptr, tokens, 100}, {}, {nullptr, tokens, 2}, {}};
     op.dropout.p16 = dropout ? 1 : 0;

@@ -1,5 +1,5 @@
-// The GPU backend under test: a stream that does not wait for the default one, a cuBLAS handle, a status. Memory handed
-// to the code under test has guards behind it; scratch holds NaN, or under PTXEMU_INITCHECK nothing at all.
+// The GPU backend under test: a stream that does not wait for the default one, a cuBLAS handle, a status, tickets, and whatever
+// Tuning a test sets. Memory handed to the code under test has guards behind it; scratch holds NaN, or under PTXEMU_INITCHECK nothing at all.
 #pragma once
 
 #include <doctest/doctest.h>
@@ -16,6 +16,8 @@ namespace loramix_test {
 class GpuHarness {
  public:
   static constexpr loramix::Space space = loramix::Space::device;
+  loramix::gpu::Tuning tuning{};
+  bool with_tickets = true;
 
   GpuHarness() {
     loramix::gpu::check_cuda("cudaStreamCreateWithFlags", cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
@@ -30,7 +32,12 @@ class GpuHarness {
   GpuHarness& operator=(const GpuHarness&) = delete;
 
   loramix::gpu::Backend backend() {
-    return {.stream = stream_, .cublas = cublas_, .status = status(), .blas_bytes = 1 << 16};
+    return {.stream = stream_,
+            .cublas = cublas_,
+            .status = status(),
+            .blas_bytes = 1 << 16,
+            .tickets = with_tickets ? tickets_.address() : nullptr,
+            .tuning = tuning};
   }
   cudaStream_t stream() const { return stream_; }
   cublasHandle_t cublas() const { return cublas_; }
@@ -90,6 +97,7 @@ class GpuHarness {
   cudaStream_t stream_ = nullptr;
   cublasHandle_t cublas_ = nullptr;
   loramix::gpu::Status status_;
+  loramix::gpu::Tickets tickets_;
   std::vector<std::pair<std::byte*, std::size_t>> alive_;
 };
 

@@ -18,6 +18,8 @@
 #include <loramix/core/arena.hpp>
 #include <loramix/gate/form.hpp>
 #include <loramix/gpu/check.cuh>
+#include <loramix/gpu/tickets.cuh>
+#include <loramix/gpu/tuning.cuh>
 
 namespace loramix {
 inline namespace LORAMIX_ABI {
@@ -35,7 +37,20 @@ struct Backend {
   cublasHandle_t cublas = nullptr;
   StatusFlags* status = nullptr;  // device memory, or null: bad data contributes nothing and is not reported
   Index blas_bytes = Index{4} << 20;
+  unsigned* tickets = nullptr;  // gpu/tickets.cuh, of this stream; null: sums that blocks share take a launch more
+  Tuning tuning{};              // gpu/tuning.cuh
 };
+
+namespace detail {
+
+/// The form as this backend's kernels see it.
+template <class Score>
+GateForm<Score, Space::device> reporting(const Backend& be, GateForm<Score, Space::device> gate) {
+  if (be.status != nullptr) gate.status = be.status;
+  return gate;
+}
+
+}  // namespace detail
 
 }  // namespace gpu
 }  // namespace LORAMIX_ABI

@@ -1,0 +1,460 @@
+/// The fused path of the gated product: how its ops become launches of three kernels.
+///
+///   Shrink          shrink_kernel                      1 launch
+///   Expand          expand_kernel, gate applied where ũ is read                               1 launch
+///   ExpandBackward  shrink_kernel on dY, whose last block of a tile goes on with the gate's backward; token_sum_kernel for dB
+///   ShrinkBackward  token_sum_kernel for dA and dside; expand_kernel for dX
+///
+/// Computes:    what the ops say, for float, bfloat16 and half in any mix, accumulation, scores and gradients in float; every gate,
+///              rank and size.
+/// Errors:      launches that CUDA refuses (ErrorCode::device). Bad ids and groups: as in the composed path.
+/// Cost:        no cuBLAS. Scratch: partial sums where few tokens share many blocks, T·R for dŨ, what the gate's gradient needs.
+/// Determinism: gpu/shrink.cuh, gpu/expand.cuh, gpu/token_sum.cuh.
+/// Example:     tests/gpu/conformance.cu
+#pragma once
+#include <loramix/gpu/backend.cuh>
+#include <loramix/gpu/expand.cuh>
+#include <loramix/gpu/rows.cuh>
+#include <loramix/gpu/shrink.cuh>
+#include <loramix/gpu/token_sum.cuh>
+#include <loramix/ops/expand.hpp>
+#include <loramix/ops/shrink.hpp>
+#include <loramix/ops/token_product.hpp>
+
+namespace loramix {
+inline namespace LORAMIX_ABI {
+namespace gpu {
+namespace detail {
+namespace fused {
+
+template <class T>
+inline constexpr bool is_stored = std::is_same_v<T, float> || is_16bit<T>;
+
+/// Types that the kernels are written for.
+template <class X, class W, class Acc, class Score, class G = float>
+inline constexpr bool takes =
+    is_stored<X>&& is_stored<W>&& std::is_same_v<Acc, float>&& std::is_same_v<Score, float>&& std::is_same_v<G, float>;
+
+/// f(the arithmetic for stored operands X and W).
+template <class X, class W, class F>
+auto with_math(const Tuning& tuning, const F& f) {
+  if constexpr (std::is_same_v<X, W> && is_16bit<X>) {
+    return f(Tensor<X>{});
+  } else if constexpr (std::is_same_v<X, float> && std::is_same_v<W, float>) {
+    return tuning.tf32 ? f(Tensor<float>{}) : f(Fma<float, float>{});
+  } else {
+    return f(Fma<X, W>{});
+  }
+}
+/// The same where rank space is the left operand and E is stored on the right.
+template <class E, class F>
+auto with_rank_math(const Tuning& tuning, const F& f) {
+  if constexpr (is_16bit<E>) {
+    return tuning.terms == RankTerms::exact ? f(Tensor<E>{}) : f(Tensor<E, 1>{});
+  } else {
+    return with_math<E, E>(tuning, f);
+  }
+}
+
+/// f(arithmetic of x and w, arithmetic of rank space and x): the two products of a backward.
+template <class X, class W, class F>
+auto with_both(const Tuning& tuning, const F& f) {
+  if constexpr (std::is_same_v<X, float> && std::is_same_v<W, float>) {
+    return with_math<X, W>(tuning, [&](auto math) { return f(math, math); });
+  } else {
+    return with_math<X, W>(tuning, [&](auto math) {
+      return with_rank_math<X>(tuning, [&](auto rank_math) { return f(math, rank_math); });
+    });
+  }
+}
+
+template <class... Parameters, class... Arguments>
+void launch(const Backend& be, const char* name, void (*kernel)(Parameters...), dim3 grid, int threads, Index shared,
+            const Arguments&... arguments) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  if (shared > (Index{40} << 10)) {  // 48 KiB, with a kernel's own variables, is what needs no asking
+    check_cuda("cudaFuncSetAttribute",
+               cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+  }
+  kernel<<<grid, static_cast<unsigned>(threads), static_cast<std::size_t>(shared), be.stream>>>(arguments...);
+  check_launch(name);
+}
+inline unsigned as_grid(Index n) { return static_cast<unsigned>(n); }
+
+// ---- shrink ----------------------------------------------------------------------------------------------------------
+
+/// How a product over `width` features is cut.
+struct ShrinkPlan {
+  Index tiles = 0, groups = 0;  // of tokens, of columns
+  int group = 32;
+  Index chunk = shrink_stage;
+  int chunks = 1, splits = 1;
+  Index partial_tokens = 0;  // the most that ever share their chunks among blocks
+
+  bool shared() const { return splits * groups > 1; }
+};
+template <class Math>
+ShrinkPlan plan_shrink(const Tuning& tuning, Index tokens, Index width, int columns, bool copy_of_x) {
+  using Block = ShrinkBlock<Math, true>;
+  ShrinkPlan plan;
+  while (plan.group < 256 && plan.group < columns &&
+         Block::shared_bytes(2 * plan.group, copy_of_x) <= tuning.machine.shared_bytes) {
+    plan.group *= 2;
+  }
+  plan.tiles = ceil_div(tokens, tile_rows);
+  plan.groups = ceil_div(columns, plan.group);
+  const Index bytes = class_tokens(tokens) * width * Index{sizeof(typename Math::Left)} +
+                      columns * width * Index{sizeof(typename Math::Right)};
+  plan.chunks = chunks_for(tuning, bytes, ceil_div(width, shrink_stage));
+  plan.chunk = round_up(width < 1 ? 1 : ceil_div(width, plan.chunks), shrink_stage);
+  plan.chunks = static_cast<int>(width < 1 ? 1 : ceil_div(width, plan.chunk));
+  if (plan.chunks == 1 || plan.groups == 0) return plan;
+  const Index few = ceil_div(tuning.machine.multiprocessors, plan.groups) - 1;  // tiles that leave blocks to spare
+  plan.partial_tokens = tokens < few * tile_rows ? tokens : few * tile_rows;
+  if (plan.tiles <= few) plan.splits = plan.chunks;
+  return plan;
+}
+
+inline int padded_columns(Index ranks, Index side) { return static_cast<int>(round_up(ranks, 8) + side); }
+
+template <class X, class W>
+float* carve_partial(DeviceArena& arena, const ShrinkPlan& plan, const ShrinkTask<X, W>& task) {
+  return arena.take<float>(plan.chunks * plan.partial_tokens * task.pitch());
+}
+
+template <class X, class W>
+ShrinkTask<X, W> shrink_task(const Backend& be, const ShrinkPlan& plan, Source<X> x, Source<W> weights,
+                             Source<W> side) {
+  ShrinkTask<X, W> task;
+  task.x = x;
+  task.weights = weights;
+  task.side = side;
+  task.group = plan.group;
+  task.chunk = plan.chunk;
+  task.chunks = plan.chunks;
+  task.splits = plan.splits;
+  task.tickets = plan.tiles <= ticket_count ? be.tickets : nullptr;
+  return task;
+}
+
+/// What the last block of a tile does, as a launch of its own: where there are no tickets.
+template <class X, class W, class Body>
+__global__ void __launch_bounds__(256)
+    shrink_finish_kernel(const __grid_constant__ ShrinkTask<X, W> task, const __grid_constant__ Body body) {
+  const Index token = Index{blockIdx.x} * tile_rows, left = task.x.rows - token;
+  const int rows = left < tile_rows ? static_cast<int>(left) : tile_rows;
+  if (task.splits > 1) add_partial_sums(task, token, rows);
+  __syncthreads();
+  each_row(body, token, rows);
+}
+
+template <class Math, bool k_major, class Body>
+void launch_shrink(const Backend& be, const ShrinkPlan& plan,
+                   const ShrinkTask<typename Math::Left, typename Math::Right>& task, const Body& body) {
+  using Block = ShrinkBlock<Math, k_major>;
+  const bool copy_of_x = task.dropout.on() && task.columns > task.padded;
+  if (plan.groups != 0) {
+    launch(be, "shrink_kernel", &shrink_kernel<Math, k_major, Body>,
+           dim3(as_grid(plan.tiles), as_grid(plan.groups), as_grid(plan.splits)), ShrinkWarps(plan.group).threads(),
+           Block::shared_bytes(plan.group, copy_of_x), task, body);
+  }
+  const bool left_over = plan.splits > 1 || !std::is_same_v<Body, NoRows>;
+  if (plan.groups == 0 || (plan.shared() && task.tickets == nullptr && left_over)) {
+    launch(be, "shrink_finish_kernel", &shrink_finish_kernel<typename Math::Left, typename Math::Right, Body>,
+           dim3(as_grid(plan.tiles)), 256, 0, task, body);
+  }
+}
+
+template <class X, class W, class Acc, class Score>
+Index scratch(const Backend& be, const Shrink<X, W, Acc, Score, Space::device>& op) {
+  return with_math<X, W>(be.tuning, [&](auto math) {
+    const int columns = padded_columns(op.A.rows, op.side.rows);
+    ShrinkTask<X, W> task;
+    task.columns = columns;
+    const ShrinkPlan plan = plan_shrink<decltype(math)>(be.tuning, op.x.rows, op.x.cols, columns, true);
+    return carved_bytes<Space::device>([&](DeviceArena& arena) { carve_partial(arena, plan, task); });
+  });
+}
+
+/// The op, and then `body` for every token.
+template <class X, class W, class Acc, class Score, class Body>
+void execute(const Backend& be, const Shrink<X, W, Acc, Score, Space::device>& op, DeviceArena work, const Body& body) {
+  with_math<X, W>(be.tuning, [&](auto math) {
+    using Math = decltype(math);
+    const int columns = padded_columns(op.A.rows, op.side.rows);
+    const ShrinkPlan plan = plan_shrink<Math>(be.tuning, op.x.rows, op.x.cols, columns, true);
+    ShrinkTask<X, W> task = shrink_task<X, W>(be, plan, source_of(op.x), source_of(op.A), source_of(op.side));
+    task.dropout = op.dropout;
+    task.scale = op.dropout.on() ? static_cast<float>(op.dropout.kept_scale()) : 1.0f;
+    task.u = op.u;
+    task.h = op.h;
+    task.ranks = op.A.rows;
+    task.padded = static_cast<int>(round_up(op.A.rows, 8));
+    task.columns = columns;
+    task.partial = carve_partial(work, plan, task);
+    launch_shrink<Math, true>(be, plan, task, body);
+  });
+}
+template <class X, class W, class Acc, class Score>
+void execute(const Backend& be, const Shrink<X, W, Acc, Score, Space::device>& op, DeviceArena work) {
+  if (op.A.rows + op.side.rows != 0) execute(be, op, work, NoRows{});
+}
+
+// ---- expand ----------------------------------------------------------------------------------------------------------
+
+/// Tokens of y, and how many columns a block takes.
+template <class Math, class Y, bool by_column>
+void launch_expand(const Backend& be, ExpandTask<Y, typename Math::Right> task) {
+  using Block = ExpandBlock<Math, Y, by_column>;
+  const Tuning& tuning = be.tuning;
+  const Index steps = task.ranks.steps(), all = ceil_div(task.y.cols, strip_warps * tile_cols);
+  const Index tiles = ceil_div(task.y.rows, tile_rows);
+  if (tiles == 0 || all == 0) return;
+  if (steps == 0 && task.into == Into::add) return;
+  task.window = static_cast<int>(steps < 2 ? 2 : round_up(steps, 2));
+  while (task.window > 2 && Block::shared_bytes(task.window) > tuning.machine.shared_bytes) task.window -= 2;
+  task.aligned = reinterpret_cast<std::uintptr_t>(task.y.data) % 16 == 0 && task.y.stride * Index{sizeof(Y)} % 16 == 0;
+  // Blocks side by side read ũ again each: as many as the device has room for, while that is an eighth of y's traffic or
+  // a block would stream more than block_bytes.
+  const Index tokens = task.y.rows < tile_rows ? task.y.rows : tile_rows, ranks = steps * tile_step;
+  const Index bytes = task.y.cols * (2 * tokens * Index{sizeof(Y)} + ranks * Index{sizeof(typename Math::Right)});
+  const Index cheap = task.y.cols * Index{sizeof(Y)} / (16 * (ranks < 1 ? 1 : ranks));
+  const Index wanted = cheap > bytes / tuning.block_bytes ? cheap : bytes / tuning.block_bytes;
+  const Index room = ceil_div(tuning.machine.multiprocessors, tiles);
+  Index blocks = wanted < room ? wanted : room;
+  if (steps > task.window) blocks = all;  // ũ does not stay in shared memory: one tile of columns per block
+  blocks = blocks < 1 ? 1 : blocks < all ? blocks : all;
+  task.tiles = static_cast<int>(ceil_div(all, blocks));
+  launch(be, "expand_kernel", &expand_kernel<Math, Y, by_column>,
+         dim3(as_grid(tiles), as_grid(ceil_div(all, task.tiles))), 32 * strip_warps, Block::shared_bytes(task.window),
+         task);
+}
+
+template <class Acc, class W, class Y, class Score, Major M>
+Index scratch(const Backend&, const Expand<Acc, W, Y, Score, Space::device, M>&) {
+  return 0;
+}
+template <class Acc, class W, class Y, class Score, Major M>
+void execute(const Backend& be, const Expand<Acc, W, Y, Score, Space::device, M>& op, DeviceArena) {
+  with_rank_math<W>(be.tuning, [&](auto math) {
+    ExpandTask<Y, W> task;
+    task.ranks = rank_source(op.u, reporting(be, op.gate));
+    task.weights = source_of(op.B);
+    task.scale = op.scale;
+    task.y = op.y;
+    task.into = op.into;
+    launch_expand<decltype(math), Y, M == Major::row>(be, task);
+  });
+}
+
+// ---- sums over tokens ------------------------------------------------------------------------------------------------
+
+struct TokenSumPlan {
+  int warps = 4;
+  Index blocks = 0, groups = 0;  // of columns, of rows
+  Index chunk = tile_rows;       // tokens
+  int chunks = 1;
+};
+/// `steps`: of 16 rows, wanted or not, so that what is wanted changes no bit.
+template <class Math>
+TokenSumPlan plan_token_sum(const Tuning& tuning, Index tokens, Index width, Index steps) {
+  using Block = TokenSumBlock<Math, float>;
+  TokenSumPlan plan;
+  plan.warps = Math::token_warps;
+  while (plan.warps > 1 && (Block::shared_bytes(plan.warps, true) > tuning.machine.shared_bytes ||
+                            (plan.warps / 2) * tile_cols >= width)) {
+    plan.warps /= 2;
+  }
+  plan.blocks = ceil_div(width, plan.warps * tile_cols);
+  plan.groups = ceil_div(steps, 4);
+  if (plan.blocks * plan.groups == 0 || tokens == 0) return plan;
+  const Index streamed = plan.warps * tile_cols * Index{sizeof(typename Math::Left)};  // per token
+  const Index least = round_up(ceil_div(tuning.block_bytes, streamed), tile_rows);
+  const Index most = ceil_div(tuning.machine.multiprocessors, plan.blocks * plan.groups);
+  const Index chunks = ceil_div(tokens, least);
+  plan.chunk = round_up(ceil_div(tokens, chunks < most ? chunks : most), tile_rows);
+  plan.chunks = static_cast<int>(ceil_div(tokens, plan.chunk));
+  return plan;
+}
+/// Room for the partial sums of any number of tokens up to that of the plan: chunks do not get more with fewer tokens.
+inline float* carve_partial(DeviceArena& arena, const TokenSumPlan& plan, Index steps, Index width) {
+  return arena.take<float>(plan.chunks == 1 ? 0 : plan.chunks * steps * tile_step * round_up(width, 8));
+}
+
+template <class X, class G>
+__global__ void __launch_bounds__(256)
+    token_sum_finish_kernel(const __grid_constant__ TokenSumTask<X, G> task, int cols) {
+  add_chunks(task, static_cast<int>(blockIdx.y) * 16, 16, Index{blockIdx.x} * cols, cols);
+}
+
+template <class Math, class G>
+void launch_token_sum(const Backend& be, const TokenSumPlan& plan, TokenSumTask<typename Math::Left, G> task) {
+  using Block = TokenSumBlock<Math, G>;
+  using X = typename Math::Left;
+  const Index groups = ceil_div(task.row_tiles(), 4);
+  const bool copy_of_x = task.dropout.on() && task.ranks.h.cols != 0;
+  task.chunk = plan.chunk;
+  task.chunks = plan.chunks;
+  task.tickets = plan.blocks * groups <= ticket_count ? be.tickets : nullptr;
+  launch(be, "token_sum_kernel", &token_sum_kernel<Math, G>,
+         dim3(as_grid(plan.blocks), as_grid(groups), static_cast<unsigned>(plan.chunks)), 32 * plan.warps,
+         Block::shared_bytes(plan.warps, copy_of_x), task);
+  if (plan.chunks > 1 && task.tickets == nullptr) {
+    constexpr int cols = 512;
+    launch(be, "token_sum_finish_kernel", &token_sum_finish_kernel<X, G>,
+           dim3(as_grid(ceil_div(task.x.cols, cols)), as_grid(task.row_tiles())), 256, 0, task, cols);
+  }
+}
+
+/// out (+)= leftᵀ right for left [T, m], right [T, n].
+template <class Acc, class Out>
+Index scratch(const Backend& be, const TokenProduct<Acc, Out, Space::device>& op) {
+  const Index steps = ceil_div(op.left.cols, tile_step);
+  const auto plan = plan_token_sum<Fma<float, float>>(be.tuning, op.left.rows, op.right.cols, steps);
+  return carved_bytes<Space::device>([&](DeviceArena& arena) { carve_partial(arena, plan, steps, op.right.cols); });
+}
+template <class Acc, class Out>
+void execute(const Backend& be, const TokenProduct<Acc, Out, Space::device>& op, DeviceArena work) {
+  const Index steps = ceil_div(op.left.cols, tile_step);
+  const auto plan = plan_token_sum<Fma<float, float>>(be.tuning, op.left.rows, op.right.cols, steps);
+  GateForm<float, Space::device> open;
+  open.tokens = op.left.rows;
+  open.ranks = op.left.cols;
+  TokenSumTask<float, Out> task;
+  task.ranks = rank_source(op.left, open);
+  task.x = source_of(op.right);
+  task.out = sum_target(op.out);
+  task.into = op.into;
+  task.partial = carve_partial(work, plan, steps, op.right.cols);
+  launch_token_sum<Fma<float, float>>(be, plan, task);
+}
+
+// ---- backward of expand ----------------------------------------------------------------------------------------------
+
+struct ExpandBackwardScratch {
+  float* partial;   // of dŨ
+  View<float> dut;  // [T, R]
+  float* dB_partial;
+  loramix::detail::GateContributions<float, Space::device> by_token;
+};
+
+template <class Math, class Op>
+ExpandBackwardScratch carve(DeviceArena& arena, const Op& op, const ShrinkPlan& plan, const TokenSumPlan& sum) {
+  ShrinkTask<typename Math::Left, typename Math::Right> task;
+  task.columns = padded_columns(op.B.cols, 0);
+  return {carve_partial(arena, plan, task), arena.matrix<float>(op.u.rows, op.B.cols),
+          carve_partial(arena, sum, ceil_div(op.B.cols, tile_step), op.B.rows),
+          loramix::detail::carve_contributions<float>(arena, op.gate, op.dgate)};
+}
+
+template <class Acc, class W, class Y, class Score, class G, Major M>
+Index scratch(const Backend& be, const ExpandBackward<Acc, W, Y, Score, G, Space::device, M>& op) {
+  return with_both<Y, W>(be.tuning, [&](auto math, auto rank_math) {
+    using Math = decltype(math);
+    const ShrinkPlan plan = plan_shrink<Math>(be.tuning, op.u.rows, op.B.rows, padded_columns(op.B.cols, 0), false);
+    const auto sum =
+        plan_token_sum<decltype(rank_math)>(be.tuning, op.u.rows, op.B.rows, ceil_div(op.B.cols, tile_step));
+    return carved_bytes<Space::device>([&](DeviceArena& arena) { carve<Math>(arena, op, plan, sum); });
+  });
+}
+
+template <class Acc, class W, class Y, class Score, class G, Major M>
+void execute(const Backend& be, const ExpandBackward<Acc, W, Y, Score, G, Space::device, M>& op, DeviceArena work) {
+  const Index width = op.B.rows, ranks = op.B.cols;
+  const auto gate = reporting(be, op.gate);
+  with_both<Y, W>(be.tuning, [&](auto math, auto rank_math) {
+    using Math = decltype(math);
+    using RankMath = decltype(rank_math);
+    const ShrinkPlan plan = plan_shrink<Math>(be.tuning, op.u.rows, width, padded_columns(ranks, 0), false);
+    const auto sum = plan_token_sum<RankMath>(be.tuning, op.u.rows, width, ceil_div(ranks, tile_step));
+    const ExpandBackwardScratch scratch = carve<Math>(work, op, plan, sum);
+
+    ShrinkTask<Y, W> task = shrink_task<Y, W>(be, plan, source_of(op.dy), source_of(op.B), {});
+    task.scale = op.scale;
+    task.u = scratch.dut;
+    task.ranks = ranks;
+    task.padded = task.columns = padded_columns(ranks, 0);
+    task.partial = scratch.partial;
+    using Body = loramix::detail::ApplyGateBackward<float, Score, Space::device>;
+    const Body body{op.u, scratch.dut, gate, op.du, scratch.by_token, op.dgate.values, op.gate_values};
+    launch_shrink<Math, M == Major::column>(be, plan, task, body);
+
+    if (op.dB.data != nullptr) {
+      TokenSumTask<Y, G> dB;
+      dB.ranks = rank_source(op.u, gate);
+      dB.x = source_of(op.dy);
+      dB.scale = op.scale;
+      dB.out = sum_target(op.dB.transposed());
+      dB.into = op.parameters;
+      dB.partial = scratch.dB_partial;
+      launch_token_sum<RankMath>(be, sum, dB);
+    }
+    loramix::detail::sum_contributions(be, gate, scratch.by_token, op.dgate, op.parameters, op.gate_values);
+  });
+}
+
+// ---- backward of shrink ----------------------------------------------------------------------------------------------
+
+/// dU, with dH behind it.
+template <class Op>
+RankSource<float> gradient_source(const Op& op, bool ranks, bool side) {
+  GateForm<float, Space::device> open;
+  open.tokens = op.x.rows;
+  open.ranks = ranks ? op.du.cols : 0;
+  auto source = rank_source(ranks ? op.du : op.du.col_range(0, 0), open);
+  if (side) source.h = op.dh;
+  return source;
+}
+template <class Op>
+Index gradient_steps(const Op& op) {
+  return ceil_div(op.A.rows, tile_step) + ceil_div(op.side.rows, tile_step);
+}
+
+template <class X, class W, class Acc, class Score, class G>
+Index scratch(const Backend& be, const ShrinkBackward<X, W, Acc, Score, G, Space::device>& op) {
+  return with_rank_math<X>(be.tuning, [&](auto math) {
+    const Index steps = gradient_steps(op);
+    const auto plan = plan_token_sum<decltype(math)>(be.tuning, op.x.rows, op.x.cols, steps);
+    return carved_bytes<Space::device>([&](DeviceArena& arena) { carve_partial(arena, plan, steps, op.x.cols); });
+  });
+}
+
+template <class X, class W, class Acc, class Score, class G>
+void execute(const Backend& be, const ShrinkBackward<X, W, Acc, Score, G, Space::device>& op, DeviceArena work) {
+  const bool side = op.side.rows != 0, dA = op.dA.data != nullptr, dside = side && op.dside.data != nullptr;
+  const float kept = op.dropout.on() ? static_cast<float>(op.dropout.kept_scale()) : 1.0f;
+  if (dA || dside) {
+    with_rank_math<X>(be.tuning, [&](auto math) {
+      const Index steps = gradient_steps(op);
+      const auto plan = plan_token_sum<decltype(math)>(be.tuning, op.x.rows, op.x.cols, steps);
+      TokenSumTask<X, G> task;
+      task.ranks = gradient_source(op, dA, dside);
+      task.x = source_of(op.x);
+      task.dropout = op.dropout;
+      task.scale = kept;
+      if (dA) task.out = sum_target(op.dA);
+      if (dside) task.side_out = sum_target(op.dside);
+      task.into = op.parameters;
+      task.partial = carve_partial(work, plan, steps, op.x.cols);
+      launch_token_sum<decltype(math)>(be, plan, task);
+    });
+  }
+  if (op.dx.data == nullptr) return;
+  with_rank_math<W>(be.tuning, [&](auto math) {
+    ExpandTask<X, W> task;
+    task.ranks = gradient_source(op, true, side);
+    task.weights = source_of(op.A);
+    task.side = source_of(op.side);
+    task.dropout = op.dropout;
+    task.kept = kept;
+    task.y = op.dx;
+    task.into = op.input;
+    launch_expand<decltype(math), X, false>(be, task);
+  });
+}
+
+}  // namespace fused
+}  // namespace detail
+}  // namespace gpu
+}  // namespace LORAMIX_ABI
+}  // namespace loramix

@@ -1,0 +1,93 @@
+/// What products read of rank space: a block's tile of ũ = U ∘ g, with side rows behind it.
+///
+/// Computes:    tile(t, j) = U(t, j mod R_a) · g(t, j) where the gate is open, 0 where it is closed, and h(t, ·) from column
+///              `padded` on; zeros outside. The gate arrives in its normal form (gate/form.hpp), as everywhere.
+/// Reads:       u [T, R_a], the gate's slots, h [T, n].
+/// Errors:      bad ids and groups close their ranks and set StatusFlags, once per tile.
+/// Cost:        64·(R + n) floats of shared memory; a few loads per token beside them.
+/// Determinism: every value by itself.
+/// Example:     gpu/expand.cuh
+#pragma once
+#include <loramix/gate/form.hpp>
+#include <loramix/gpu/math.cuh>
+#include <loramix/gpu/team.cuh>
+
+namespace loramix {
+inline namespace LORAMIX_ABI {
+namespace gpu {
+namespace detail {
+
+template <class Score>
+struct RankSource {
+  MatrixView<const float, Space::device> u;  // [T, R_a]
+  GateForm<Score, Space::device> gate;       // of R ranks
+  bool open = true;                          // no gate: the form is not looked at
+  int ranks = 0;                             // R
+  int padded = 0;                            // R in whole steps: where h begins
+  MatrixView<const Score, Space::device> h;  // [T, n]
+
+  LORAMIX_HD constexpr int columns() const { return padded + static_cast<int>(h.cols); }
+  LORAMIX_HD constexpr int steps() const {
+    return padded / tile_step + (static_cast<int>(h.cols) + tile_step - 1) / tile_step;
+  }
+};
+
+/// A RankSource; `gate` may be one that leaves every rank open.
+template <class Score>
+RankSource<Score> rank_source(MatrixView<const float, Space::device> u, const GateForm<Score, Space::device>& gate) {
+  const bool open = gate.ids.data == nullptr && gate.prefix.data == nullptr && gate.subset.data == nullptr &&
+                    gate.weights.data == nullptr && gate.values.data == nullptr && gate.multiplier.data == nullptr &&
+                    gate.rank_scale.data == nullptr && u.cols == gate.ranks;
+  const int ranks = static_cast<int>(gate.ranks);
+  return {u, gate, open, ranks, (ranks + tile_step - 1) / tile_step * tile_step, {}};
+}
+
+/// Fills tile[t * pitch + c] with columns [first, first + count) of tokens [token, token + rows), zeros for further rows up to
+/// `all_rows`; by all warps of a block. `report`: flag bad ids.
+template <class Score>
+__device__ void fill_rank_tile(const RankSource<Score>& source, Index token, int rows, int all_rows, int first,
+                               int count, float* tile, int pitch, bool report) {
+  const int warps = static_cast<int>(blockDim.x) / warp_width, lane = static_cast<int>(threadIdx.x) % warp_width;
+  const int per_expert = source.open || source.gate.rank_offsets != nullptr || source.ranks == 0
+                             ? 1
+                             : source.ranks / static_cast<int>(source.gate.experts);
+  for (int i = static_cast<int>(threadIdx.x) / warp_width; i < all_rows; i += warps) {
+    const Index t = token + i;
+    float* const out = tile + i * pitch;
+    if (i >= rows) {
+      for (int c = lane; c < count; c += warp_width) out[c] = 0;
+      continue;
+    }
+    const auto plain = [&](int j) { return j < source.ranks ? source.u(t, j) : 0.0f; };
+    const auto beside = [&](int j) {
+      const int side = j - source.padded;
+      return side < source.h.cols ? narrow<float>(source.h(t, side)) : 0.0f;
+    };
+    if (source.open) {
+      for (int c = lane; c < count; c += warp_width) {
+        out[c] = first + c < source.padded ? plain(first + c) : beside(first + c);
+      }
+      continue;
+    }
+    const GateRow<float, Score, Space::device> row(source.gate, t);
+    if (report) {
+      for (Index k = 0; k < source.gate.ids.cols; ++k) row.expert_at(k);
+    }
+    const int shared_columns = static_cast<int>(source.u.cols);
+    for (int c = lane; c < count; c += warp_width) {
+      const int j = first + c;
+      if (j >= source.ranks) {
+        out[c] = j < source.padded ? 0.0f : beside(j);
+        continue;
+      }
+      const Index e = source.gate.rank_offsets != nullptr ? source.gate.expert_of(j) : Index{j / per_expert};
+      const int column = shared_columns == source.ranks ? j : j % shared_columns;
+      out[c] = row.open(j, e) ? source.u(t, column) * row.factor(j, e) : 0.0f;
+    }
+  }
+}
+
+}  // namespace detail
+}  // namespace gpu
+}  // namespace LORAMIX_ABI
+}  // namespace loramix

@@ -1,0 +1,77 @@
+/// How kernels cut their work: one formula from documented facts of a machine, and a plain struct that the caller may replace.
+///
+///   Machine            multiprocessors, and shared memory that a block may have; machine_of(device) asks CUDA, outside of any op
+///   Tuning             what the kernels obey; tune(machine) is the formula
+///
+/// Computes:    tune: fused kernels on, exact arithmetic, and `block_bytes`: what a block streams before it is worth another block.
+///              A multiprocessor takes in at most 64 bytes per clock, so 256 KiB last some 2 to 3 µs; handing partial sums to
+///              another block costs about one (a write, an atomic and a read through L2).
+/// Errors:      a CUDA call failing (ErrorCode::device).
+/// Cost:        none; machine_of is a few host calls.
+/// Determinism: kernels, tiles and orders of summation follow from shape, scalar, gate, class of T and these numbers.
+/// Example:     tests/gpu/fused.cu
+#pragma once
+#include <loramix/core/views.hpp>
+#include <loramix/gpu/check.cuh>
+
+namespace loramix {
+inline namespace LORAMIX_ABI {
+namespace gpu {
+
+/// Facts of a device; the defaults are those of compute capability 8.0 (CUDA programming guide, table of technical specifications).
+struct Machine {
+  int multiprocessors = 108;
+  Index shared_bytes = Index{163} << 10;  // of one block, opt-in
+};
+
+/// The current device's, or another's.
+inline Machine machine_of(int device) {
+  int multiprocessors = 0, shared = 0;
+  check_cuda("cudaDeviceGetAttribute",
+             cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  check_cuda("cudaDeviceGetAttribute",
+             cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return {multiprocessors, shared};
+}
+
+/// How floats of rank space (ũ, dU, dH) enter the tensor cores of 16-bit types.
+enum class RankTerms {
+  exact,   // as terms that hold all of their bits: the composed path's accuracy
+  rounded  // rounded once to the weights' type, as PyTorch and vLLM do: a third of the tensor-core work
+};
+
+/// What the kernels obey.
+struct Tuning {
+  Machine machine{};
+  bool fused = true;  // false: the composed path
+  bool tf32 = false;  // float products on tensor cores, operands rounded to 11 bits
+  RankTerms terms = RankTerms::exact;
+  Index block_bytes = Index{256} << 10;
+};
+
+/// The formula.
+constexpr Tuning tune(const Machine& machine) {
+  Tuning t;
+  t.machine = machine;
+  return t;
+}
+
+namespace detail {
+
+/// MATH.md section 6: inside a class a token's result does not depend on how many there are. The tokens that stand for the class in
+/// formulas.
+constexpr Index class_tokens(Index tokens) { return tokens <= 4 ? 4 : 64; }
+
+constexpr Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
+constexpr Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
+
+/// Chunks of the contracted axis of one tile that streams `bytes`: as many as there are block_bytes in it.
+constexpr int chunks_for(const Tuning& tuning, Index bytes, Index most) {
+  const Index chunks = bytes / tuning.block_bytes;
+  return static_cast<int>(chunks < 1 ? 1 : chunks < most ? chunks : most);
+}
+
+}  // namespace detail
+}  // namespace gpu
+}  // namespace LORAMIX_ABI
+}  // namespace loramix
