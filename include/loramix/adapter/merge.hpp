@@ -174,7 +174,7 @@ template <class Backend, ProductAdapter A, class T>
   requires(A::space == Space::host)
 Merged<T> merge(const Backend& be, const A& adapter, MatrixView<T> weights, MergeOptions options) {
   static_assert(
-      requires { decltype(adapter.gate())::by_task; },
+      requires { decltype(adapter.gate())::by_task; } || requires { decltype(adapter.gate())::can_be_by_task; },
       "loramix: merge for a task needs a gate of the task (static constexpr bool by_task)");
   detail::check_merge(adapter, weights);
   const Index tasks = adapter.gate().tasks();

@@ -65,7 +65,7 @@ template <class W, class Score, Space S = Space::host>
 struct CompetitionGate {
   static constexpr GateFacts facts{Sparsity::dense, Slots::weights, false};
   static constexpr Space space = S;
-  static constexpr bool by_task = true;  // where S reads the task: merges task by task
+  static constexpr bool can_be_by_task = true;  // where S reads the task: merges task by task
   using State = CompetitionState<Score, S>;
 
   MatrixView<W, S> S1;  // [hidden or E, d_in or dim]
