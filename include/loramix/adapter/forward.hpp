@@ -196,6 +196,37 @@ void run_gate_backward(const Backend& be, const Gate& gate, MatrixView<Score, S>
     for_rows<S>(be, call.tokens, GateBackward<Gate, Score, S>{gate, h, state, dstate, dh});
   }
 }
+/// Gates whose row stage is, or can be, one body per token: what a backend can run in the product's own launches.
+template <class Gate>
+concept HasRows = requires(const Gate& gate, const GateCall<Gate::space>& call) {
+  gate.by_token(call);
+}
+|| requires(const Gate& gate, const typename Gate::State& state, const SerialTeam& team) {
+  gate.forward_row(team, Index{0}, nullptr, state);
+};
+template <HasRows Gate, Space S>
+bool by_token(const Gate& gate, const GateCall<S>& call) {
+  if constexpr (requires { gate.by_token(call); })
+    return gate.by_token(call);
+  else
+    return true;
+}
+template <HasRows Gate, class Score, Space S, class State>
+auto forward_rows(const Gate& gate, MatrixView<Score, S> h, const State& state, const GateCall<S>& call) {
+  if constexpr (requires { gate.forward_rows(h, state, call); })
+    return gate.forward_rows(h, state, call);
+  else
+    return GateForward<Gate, Score, S>{gate, h, state};
+}
+template <HasRows Gate, class Score, Space S, class State>
+auto backward_rows(const Gate& gate, MatrixView<Score, S> h, const State& state, const State& dstate,
+                   MatrixView<Score, S> dh, const GateCall<S>& call) {
+  if constexpr (requires { gate.backward_rows(h, state, dstate, dh, call); })
+    return gate.backward_rows(h, state, dstate, dh, call);
+  else
+    return GateBackward<Gate, Score, S>{gate, h, state, dstate, dh};
+}
+
 /// Where the gradient of the side rows goes.
 template <class Gradient>
 auto side_of(Gradient& gradient) {
@@ -223,6 +254,66 @@ struct CopyRow {
     team.each(out.cols, [&](Index c) { out(t, c) = in.data == nullptr ? T{} : in(t, c); });
   }
 };
+
+/// ũ where the backend makes it in shrink's launch: [T, R], or no address.
+template <class T, class Backend>
+MatrixView<typename T::Acc, T::space> carve_gated(const Backend& be, Arena<T::space>& work, Index tokens, Index ranks) {
+  if constexpr (T::Gate::facts.slots != Slots::none) {
+    if (rows_follow(be)) return work.template matrix<typename T::Acc>(tokens, ranks);
+  }
+  return {};
+}
+
+/// Shrink and the row stage. Where rows can follow in shrink's launch, the gate is applied there too: `expand` then reads ũ.
+template <class T, class Backend, class Saved>
+void shrink_and_gate(const Backend& be, const typename T::ShrinkOp& shrink, const typename T::Gate& gate,
+                     const Saved& saved, MatrixView<typename T::Acc, T::space> gated, typename T::ExpandOp& expand,
+                     Arena<T::space> work) {
+  using Score = typename T::Score;
+  constexpr Space S = T::space;
+  const Index tokens = saved.call.tokens;
+  [[maybe_unused]] const auto follow = [&](const auto& rows) {
+    execute_then_impl(be, shrink, work, rows);
+    expand.u = gated;
+    expand.gate = OpenGate<Score, S>{}.form(tokens, gated.cols);
+  };
+  if constexpr (requires { rows_follow_impl(be); }) {
+    const auto apply = gate_rows_impl(be, expand.u, expand.gate, gated);
+    if constexpr (!T::computed) {
+      if (gated.data != nullptr) return follow(apply);
+    } else if constexpr (HasRows<typename T::Gate>) {
+      if (gated.data != nullptr && by_token(gate, saved.call)) {
+        const auto rows = forward_rows(gate, saved.h, saved.state, saved.call);
+        return follow(InTurn{InTurn{rows, CopyRow<Score, S>{{}, saved.dh}}, apply});
+      }
+    }
+  }
+  run_checked(be, shrink, work);
+  if constexpr (T::computed) {
+    run_gate(be, gate, saved.h, saved.state, saved.call, work);
+    if (saved.dh.data != nullptr) for_rows<S>(be, tokens, CopyRow<Score, S>{{}, saved.dh});
+  }
+}
+
+/// The backward of expand and of the row stage, in one launch where rows can follow.
+template <class T, class Backend, class Saved, class State, class GradientGate>
+void expand_and_gate_backward(const Backend& be, const typename T::ExpandBackwardOp& expand,
+                              const typename T::Gate& gate, const Saved& saved, const State& dstate,
+                              const GradientGate& gradient, Into into, Arena<T::space> work) {
+  if constexpr (T::computed && HasRows<typename T::Gate> && requires { rows_follow_impl(be); }) {
+    if (rows_follow(be) && by_token(gate, saved.call)) {
+      execute_then_impl(be, expand, work, backward_rows(gate, saved.h, saved.state, dstate, saved.dh, saved.call));
+      if constexpr (requires { gate.backward_rest(be, saved.state, dstate, saved.call, gradient, into, work); }) {
+        gate.backward_rest(be, saved.state, dstate, saved.call, gradient, into, work);
+      }
+      return;
+    }
+  }
+  run_checked(be, expand, work);
+  if constexpr (T::computed) {
+    run_gate_backward(be, gate, saved.h, saved.state, dstate, saved.dh, saved.call, gradient, into, work);
+  }
+}
 
 /// Row body of jitter: out[t, :] (+)= in[t, :] ∘ U(1 − ε, 1 + ε), the same factors for the router's input and its gradient.
 template <class T, class Acc, Space S>
@@ -370,6 +461,7 @@ Index workspace_bytes(const Backend& be, const A& adapter, Index tokens, Pass pa
     Memory counter = Memory::counting();
     detail::carve_saved(counter, adapter, tokens, true, false);
     if (detail::jitter_of(gate) > 0) counter.template matrix<typename T::X>(tokens, adapter.A().cols);
+    detail::carve_gated<T>(be, counter, tokens, adapter.B().cols);
     return detail::sum_with_alignment<Memory>(counter.used(), stages);
   }
   Memory counter = Memory::counting();
@@ -587,20 +679,18 @@ Saved<A> forward(const Backend& be, const A& adapter, MatrixView<const typename 
   typename T::ShrinkOp shrink{adapter.A(), T::side(gate), x, dropout, u, saved.h};
   typename T::Jittered router;
   if (jitter > 0) router = T::split_router(work, shrink);
-  const typename T::ExpandOp expand{
+  const auto gated = detail::carve_gated<T>(be, work, tokens, ranks);
+  typename T::ExpandOp expand{
       u, T::form(gate, saved.state, call, ranks), adapter.B(), typename T::Acc(adapter.scale()), y, options.into};
   shrink.check();
   expand.check();
 
-  detail::run_checked(be, shrink, work);
   if (jitter > 0) {
+    detail::run_checked(be, shrink, work);
     detail::jitter_rows<T>(be, jitter, options.key, x, router.x, Into::set);
-    detail::run_checked(be, router.shrink, work);
+    shrink = router.shrink;
   }
-  if constexpr (T::computed) {
-    detail::run_gate(be, gate, saved.h, saved.state, call, work);
-    if (save) for_rows<A::space>(be, tokens, detail::CopyRow<typename T::Score, A::space>{{}, saved.dh});
-  }
+  detail::shrink_and_gate<T>(be, shrink, gate, saved, gated, expand, work);
   detail::run_checked(be, expand, work);
 
   if (!save) return {};
@@ -664,17 +754,13 @@ void backward(const Backend& be, const A& adapter, Saved<A>& saved,
   if (jitter > 0) router = T::split_router(work, shrink);
 
   if (recompute) detail::run_checked(be, typename T::ShrinkOp{adapter.A(), {}, x, saved.dropout, u, {}}, work);
-  detail::run_checked(be, expand, work);
-  if constexpr (T::computed) {
-    const auto gradient = [&] {
-      if constexpr (trained)
-        return grad.gate();
-      else
-        return frozen;
-    }();
-    detail::run_gate_backward(be, gate, saved.h, saved.state, dstate, saved.dh, saved.call, gradient,
-                              options.parameters, work);
-  }
+  const auto gradient = [&] {
+    if constexpr (T::computed && trained)
+      return grad.gate();
+    else
+      return frozen;
+  }();
+  detail::expand_and_gate_backward<T>(be, expand, gate, saved, dstate, gradient, options.parameters, work);
   detail::run_checked(be, shrink, work);
   if (jitter > 0) {
     detail::jitter_rows<T>(be, jitter, saved.call.key, x, router.x, Into::set);

@@ -17,6 +17,10 @@
 ///     check(op, call)                     refuses a batch that lacks what the router needs
 ///     forward(be, h, state, call, work), backward(be, h, state, dstate, dh, call, gradient gate or frozen, into, work)
 ///     scratch(be, tokens)                 bytes of workspace that these two take
+///     by_token(call) → bool; forward_rows(h, state, call), backward_rows(h, state, dstate, dh, call) → row bodies;
+///     backward_rest(be, state, dstate, call, gradient gate or frozen, into, work)
+///                                         optional: where by_token says so, forward is forward_rows for every token, and backward
+///                                         backward_rows and then backward_rest: a GPU runs the bodies in the product's own launches
 ///   The adapter's gradient says where the side rows' gradient goes: side(), or its own gate().side(). A gate with parameters beside
 ///   them holds views that are const in an adapter and mutable in its gradient, whose gate() backward is handed.
 ///

@@ -103,7 +103,7 @@ ExpandBackwardScratch<Acc> carve(DeviceArena& arena, const Backend& be,
           arena.matrix<Acc>(tokens, ranks),
           carve_tile<Acc>(arena, widened<Y, Acc>, tokens, width),
           carve_widened<G, Acc>(arena, rows ? width : ranks, rows ? ranks : width),
-          loramix::detail::carve_contributions<Acc>(arena, op.gate, op.dgate)};
+          loramix::detail::carve_contributions<Acc>(arena, op.gate, op.dgate, op.gate_values)};
 }
 
 /// dX (+)= (dU A) ∘ keep / (1 − p̄) + dH side, for the rows of one chunk.

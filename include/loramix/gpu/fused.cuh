@@ -344,7 +344,7 @@ ExpandBackwardScratch carve(DeviceArena& arena, const Op& op, const ShrinkPlan& 
   task.columns = padded_columns(op.B.cols, 0);
   return {carve_partial(arena, plan, task), arena.matrix<float>(op.u.rows, op.B.cols),
           carve_partial(arena, sum, ceil_div(op.B.cols, tile_step), op.B.rows),
-          loramix::detail::carve_contributions<float>(arena, op.gate, op.dgate)};
+          loramix::detail::carve_contributions<float>(arena, op.gate, op.dgate, op.gate_values)};
 }
 
 template <class Acc, class W, class Y, class Score, class G, Major M>
@@ -358,8 +358,20 @@ Index scratch(const Backend& be, const ExpandBackward<Acc, W, Y, Score, G, Space
   });
 }
 
-template <class Acc, class W, class Y, class Score, class G, Major M>
-void execute(const Backend& be, const ExpandBackward<Acc, W, Y, Score, G, Space::device, M>& op, DeviceArena work) {
+/// Whether every gradient that is wanted is final when its token's row body has run.
+template <class Score>
+bool final_by_token(const GateForm<Score, Space::device>& gate, const GateGradient<Score, Space::device>& wanted,
+                    const loramix::detail::GateContributions<float, Space::device>& by_token) {
+  const auto own = [](const auto& out, const auto& from) { return out.data == nullptr || from.data == out.data; };
+  return own(wanted.id_weights, by_token.id_weights) && own(wanted.weights, by_token.weights) &&
+         own(wanted.multiplier, by_token.multiplier) && wanted.rank_scale.data == nullptr && gate.tokens != 0;
+}
+
+/// The op, and then `then` for every token; NoRows: the op alone.
+template <class Acc, class W, class Y, class Score, class G, Major M, class Then = NoRows>
+void execute(const Backend& be, const ExpandBackward<Acc, W, Y, Score, G, Space::device, M>& op, DeviceArena work,
+             const Then& then = {}) {
+  constexpr bool alone = std::is_same_v<Then, NoRows>;
   const Index width = op.B.rows, ranks = op.B.cols;
   const auto gate = reporting(be, op.gate);
   with_both<Y, W>(be.tuning, [&](auto math, auto rank_math) {
@@ -377,7 +389,12 @@ void execute(const Backend& be, const ExpandBackward<Acc, W, Y, Score, G, Space:
     task.partial = scratch.partial;
     using Body = loramix::detail::ApplyGateBackward<float, Score, Space::device>;
     const Body body{op.u, scratch.dut, gate, op.du, scratch.by_token, op.dgate.values, op.gate_values};
-    launch_shrink<Math, M == Major::column>(be, plan, task, body);
+    const bool follows = final_by_token(gate, op.dgate, scratch.by_token);
+    if (alone || !follows) {
+      launch_shrink<Math, M == Major::column>(be, plan, task, body);
+    } else {
+      launch_shrink<Math, M == Major::column>(be, plan, task, InTurn{body, then});
+    }
 
     if (op.dB.data != nullptr) {
       TokenSumTask<Y, G> dB;
@@ -390,6 +407,9 @@ void execute(const Backend& be, const ExpandBackward<Acc, W, Y, Score, G, Space:
       launch_token_sum<RankMath>(be, sum, dB);
     }
     loramix::detail::sum_contributions(be, gate, scratch.by_token, op.dgate, op.parameters, op.gate_values);
+    if constexpr (!alone) {
+      if (!follows) gpu::execute_impl(be, Rows<Then, Space::device>{op.u.rows, then}, DeviceArena{});
+    }
   });
 }
 

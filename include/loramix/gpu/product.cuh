@@ -95,6 +95,40 @@ void execute_impl(const Backend& be, const ExpandBackward<Acc, W, Y, Score, G, S
   detail::run_product(be, op, work);
 }
 
+// ---- rows in the launch before -----------------------------------------------------------------------------------------
+
+/// Whether row bodies follow their op in its launch (ops/rows.hpp).
+inline bool rows_follow_impl(const Backend& be) { return be.tuning.fused; }
+
+/// The row body that makes ũ = U ∘ g.
+template <class Acc, class Score>
+auto gate_rows_impl(const Backend& be, View<const Acc> u, const GateForm<Score, Space::device>& gate, View<Acc> gated) {
+  return loramix::detail::ApplyGate<Acc, Score, Space::device>{u, detail::reporting(be, gate), gated};
+}
+
+namespace detail {
+template <class Op, class Body>
+void run_then_rows(const Backend& be, const Op& op, DeviceArena work, Index rows, const Body& body) {
+  if constexpr (fusible<Op>) {
+    fused::execute(be, op, work, body);
+  } else {
+    composed::execute(be, op, work);
+    gpu::execute_impl(be, Rows<Body, Space::device>{rows, body}, DeviceArena{});
+  }
+}
+}  // namespace detail
+
+template <class X, class W, class Acc, class Score, class Body>
+void execute_then_impl(const Backend& be, const Shrink<X, W, Acc, Score, Space::device>& op, DeviceArena work,
+                       const Body& body) {
+  detail::run_then_rows(be, op, work, op.x.rows, body);
+}
+template <class Acc, class W, class Y, class Score, class G, Major M, class Body>
+void execute_then_impl(const Backend& be, const ExpandBackward<Acc, W, Y, Score, G, Space::device, M>& op,
+                       DeviceArena work, const Body& body) {
+  detail::run_then_rows(be, op, work, op.u.rows, body);
+}
+
 template <class Acc, class Out>
 Index scratch_impl(const Backend& be, const TokenProduct<Acc, Out, Space::device>& op) {
   return detail::product_scratch(be, op);

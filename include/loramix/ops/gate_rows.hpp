@@ -147,14 +147,22 @@ struct StoreRow {
   }
 };
 
-/// Scratch of the gate's gradient: one carve for both backends.
+/// Scratch of the gate's gradient: one carve for both backends. A gradient that is assigned token by token (`values` is
+/// Into::set) is its own scratch.
 template <class Acc, class Score, Space S>
 GateContributions<Acc, S> carve_contributions(Arena<S>& arena, const GateForm<Score, S>& gate,
-                                              const GateGradient<Score, S>& wanted) {
+                                              const GateGradient<Score, S>& wanted, Into values = Into::add) {
   GateContributions<Acc, S> c;
-  if (wanted.id_weights.data != nullptr) c.id_weights = arena.template matrix<Acc>(gate.tokens, gate.ids.cols);
-  if (wanted.weights.data != nullptr) c.weights = arena.template matrix<Acc>(gate.tokens, gate.experts);
-  if (wanted.multiplier.data != nullptr) c.multiplier = arena.template matrix<Acc>(gate.tokens, 1);
+  const auto room = [&](MatrixView<Score, S> out, const Groups<S>& groups, Index cols) {
+    if (out.data == nullptr) return MatrixView<Acc, S>{};
+    if constexpr (std::is_same_v<Acc, Score>) {
+      if (values == Into::set && groups.per_token()) return out;
+    }
+    return arena.template matrix<Acc>(gate.tokens, cols);
+  };
+  c.id_weights = room(wanted.id_weights, gate.id_groups, gate.ids.cols);
+  c.weights = room(wanted.weights, gate.weight_groups, gate.experts);
+  c.multiplier = room({wanted.multiplier.data, wanted.multiplier.size, 1, 1}, gate.multiplier_groups, 1);
   if (wanted.rank_scale.data != nullptr) c.rank_scale = arena.template matrix<Acc>(gate.tokens, gate.ranks);
   return c;
 }
@@ -168,7 +176,7 @@ void sum_contributions(const Backend& be, const GateForm<Score, S>& gate, const 
     execute_impl(be, ColumnSum<Acc, Score, S>{tokens, groups, out, how}, Arena<S>{});
   };
   const auto each_own = [&](MatrixView<const Acc, S> tokens, MatrixView<Score, S> out) {
-    if (out.data == nullptr || out.empty()) return;
+    if (out.data == nullptr || out.empty() || static_cast<const void*>(tokens.data) == out.data) return;
     execute_impl(be, Rows<StoreRow<Acc, Score, S>, S>{gate.tokens, {tokens, out, values}}, Arena<S>{});
   };
   if (gate.id_groups.per_token())

@@ -25,6 +25,32 @@ struct Rows {
   void check() const { check::at_least(name, "rows", rows, 0); }
 };
 
+/// Row body: two bodies of one row, one after the other.
+template <class First, class Second>
+struct InTurn {
+  First first;
+  Second second;
+  template <Team Tm>
+  LORAMIX_HD void operator()(const Tm& team, Index t) const {
+    first(team, t);
+    second(team, t);
+  }
+};
+template <class First, class Second>
+InTurn(First, Second) -> InTurn<First, Second>;
+
+namespace detail {
+/// Whether the backend runs a row body in the launch of the op whose rows it reads: it then has
+/// execute_then_impl(backend, op, work, body), the op and then the body for each of its rows.
+template <class Backend>
+bool rows_follow(const Backend& be) {
+  if constexpr (requires { rows_follow_impl(be); })
+    return rows_follow_impl(be);
+  else
+    return false;
+}
+}  // namespace detail
+
 /// Runs `body` once per row.
 template <Space S, class Backend, class Body>
 void for_rows(const Backend& be, Index rows, const Body& body) {

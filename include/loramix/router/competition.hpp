@@ -132,16 +132,22 @@ struct CompetitionGate {
 
   template <class Backend>
   void forward(const Backend& be, MatrixView<Score, S> h, const State& state, const GateCall<S>& call, Arena<S>) const {
-    for_rows<S>(be, rows(call), Forward{*this, {call, pooling}, h, reads == Reads::token ? h : state.z, state});
+    for_rows<S>(be, rows(call), forward_rows(h, state, call));
   }
-
   template <class Backend, class GradientGate>
   void backward(const Backend& be, MatrixView<Score, S> h, const State& state, const State& dstate,
                 MatrixView<Score, S> dh, const GateCall<S>& call, const GradientGate& gradient, Into into,
                 Arena<S> work) const {
-    const Index n = rows(call);
-    for_rows<S>(be, n, Backward{*this, {call, pooling}, reads == Reads::token ? h : state.z, state, dstate, dh});
+    for_rows<S>(be, rows(call), backward_rows(h, state, dstate, dh, call));
+    backward_rest(be, state, dstate, call, gradient, into, work);
+  }
+
+  bool by_token(const GateCall<S>&) const { return reads == Reads::token; }
+  template <class Backend, class GradientGate>
+  void backward_rest(const Backend& be, const State& state, const State& dstate, const GateCall<S>& call,
+                     const GradientGate& gradient, Into into, Arena<S> work) const {
     if constexpr (!is_frozen<GradientGate>) {
+      const Index n = rows(call);
       const auto used = [n](MatrixView<Score, S> m) { return m.row_range(0, n); };
       const Index read = form_of == Competition::identity ? 0 : n;  // M is not read: its gradient is 0
       add_product(be, dstate.weights.row_range(0, read), state.p.row_range(0, read), gradient.M, into, work);
@@ -234,6 +240,14 @@ struct CompetitionGate {
         dstate.z(t, i) = value;
     }
   };
+
+  Forward forward_rows(MatrixView<Score, S> h, const State& state, const GateCall<S>& call) const {
+    return {*this, {call, pooling}, h, reads == Reads::token ? h : state.z, state};
+  }
+  Backward backward_rows(MatrixView<Score, S> h, const State& state, const State& dstate, MatrixView<Score, S> dh,
+                         const GateCall<S>& call) const {
+    return {*this, {call, pooling}, reads == Reads::token ? h : state.z, state, dstate, dh};
+  }
 
  private:
   Index rows(const GateCall<S>& call) const {

@@ -169,13 +169,13 @@ struct TopKGate {
 
   template <class Backend>
   void forward(const Backend& be, MatrixView<Score, S> h, const State& state, const GateCall<S>& call, Arena<S>) const {
-    for_rows<S>(be, call.tokens, Forward{*this, h, state, call});
+    for_rows<S>(be, call.tokens, forward_rows(h, state, call));
     if (rule.capacity > 0) for_rows<S>(be, experts(), Capacity{*this, state, call});
   }
   template <class Backend, class GradientGate>
   void backward(const Backend& be, MatrixView<Score, S> h, const State& state, const State& dstate,
                 MatrixView<Score, S> dh, const GateCall<S>& call, const GradientGate&, Into, Arena<S>) const {
-    for_rows<S>(be, call.tokens, Backward{*this, h, state, dstate, dh, call});
+    for_rows<S>(be, call.tokens, backward_rows(h, state, dstate, dh, call));
   }
 
   /// n of (token, expert).
@@ -362,6 +362,15 @@ struct TopKGate {
       return (a == a) != (b == b) ? a == a : j < i;
     }
   };
+
+  bool by_token(const GateCall<S>&) const { return !(rule.capacity > 0); }
+  Forward forward_rows(MatrixView<Score, S> h, const State& state, const GateCall<S>& call) const {
+    return {*this, h, state, call};
+  }
+  Backward backward_rows(MatrixView<Score, S> h, const State& state, const State& dstate, MatrixView<Score, S> dh,
+                         const GateCall<S>& call) const {
+    return {*this, h, state, dstate, dh, call};
+  }
 };
 
 }  // namespace LORAMIX_ABI
