@@ -20,7 +20,7 @@ template <class E>
 struct Source {
   const E* data = nullptr;
   Index rows = 0, cols = 0, stride = 0;
-  bool aligned = false;  // all rows begin on 16 bytes
+  bool aligned = true;  // all rows begin on 16 bytes
 };
 
 /// A row-major view, or the transpose of a column-major one, as a Source.

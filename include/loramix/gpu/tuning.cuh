@@ -4,7 +4,7 @@
 ///   Tuning             what the kernels obey; tune(machine) is the formula
 ///
 /// Computes:    tune: fused kernels on, exact arithmetic, and `block_bytes`: what a block streams before it is worth another block.
-///              A multiprocessor takes in at most 64 bytes per clock, so 256 KiB last some 2 to 3 µs; handing partial sums to
+///              A multiprocessor takes in at most 64 bytes per clock, so 320 KiB last some 3 µs; handing partial sums to
 ///              another block costs about one (a write, an atomic and a read through L2).
 /// Errors:      a CUDA call failing (ErrorCode::device).
 /// Cost:        none; machine_of is a few host calls.
@@ -46,7 +46,7 @@ struct Tuning {
   bool fused = true;  // false: the composed path
   bool tf32 = false;  // float products on tensor cores, operands rounded to 11 bits
   RankTerms terms = RankTerms::exact;
-  Index block_bytes = Index{256} << 10;
+  Index block_bytes = Index{320} << 10;
 };
 
 /// The formula.

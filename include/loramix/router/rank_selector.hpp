@@ -167,9 +167,8 @@ struct RankSelectorGate {
     LORAMIX_HD void choose(Index task, Index R) const {
       const Score* const logits = state.logits.row(task);
       const Score* const p = state.p.row(task);
-      std::int32_t c = 0;
-      detail::select_top_k(
-          R, 1, [&](Index j) { return static_cast<float>(logits[j]); }, &c);
+      std::int32_t c = static_cast<std::int32_t>(detail::index_of(detail::next_choice(
+          SerialTeam{}, R, detail::before_all, [&](Index j) { return static_cast<float>(logits[j]); })));
       if (gate.rule.choice == RankChoice::random && key.on) {
         const double u = draw_uniform(philox_key(key), Purpose::sampling, static_cast<std::uint64_t>(task), 0);
         c = static_cast<std::int32_t>(u * static_cast<double>(R));

@@ -75,23 +75,22 @@ LORAMIX_HD T softplus(T z) {
   return z > T(0) ? z + log1p(exp(-z)) : log1p(exp(z));
 }
 
-/// The k largest keys(e), as floats, in descending order; ties and NaN as documented. By one thread.
-template <class Keys>
-LORAMIX_HD void select_top_k(Index experts, Index k, const Keys& keys, std::int32_t* ids) {
-  const auto before = [&](Index a, Index b) {  // whether a goes before b, a < b
-    const float x = keys(a), y = keys(b);
-    return x == x && !(y > x);  // NaN last, ties to the lower index
-  };
-  for (Index slot = 0; slot < k; ++slot) {
-    Index best = -1;
-    for (Index e = 0; e < experts; ++e) {
-      bool taken = false;
-      for (Index s = 0; s < slot; ++s) taken = taken || ids[s] == e;
-      if (taken) continue;
-      if (best < 0 || !before(best, e)) best = keys(e) == keys(e) || best < 0 ? e : best;
-    }
-    ids[slot] = static_cast<std::int32_t>(best);
-  }
+/// A place in the order of choice: larger keys first, NaN last, ties to the lower index. No two indices share one.
+LORAMIX_HD inline std::uint64_t choice_order(float key, Index e) {
+  const std::uint32_t bits = bit_cast<std::uint32_t>(key == 0.0f ? 0.0f : key);  // −0 ties with 0
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u, negative = (bits & 0x80000000u) != 0;
+  const std::uint32_t order = nan ? 0u : negative ? ~bits : bits | 0x80000000u;
+  return std::uint64_t{order} << 32 | (0xffffffffu - static_cast<std::uint32_t>(e));
+}
+inline constexpr std::uint64_t before_all = ~std::uint64_t{0};
+LORAMIX_HD inline Index index_of(std::uint64_t order) { return 0xffffffffu - static_cast<std::uint32_t>(order); }
+/// The first index that comes after `last`, by its place; keys(e) is a float.
+template <Team Tm, class Keys>
+LORAMIX_HD std::uint64_t next_choice(const Tm& team, Index experts, std::uint64_t last, const Keys& keys) {
+  return team.maximum(experts, [&](Index e) {
+    const std::uint64_t order = choice_order(keys(e), e);
+    return order < last ? order : std::uint64_t{0};
+  });
 }
 
 /// C of capacity factor cf for `tokens` valid tokens.
@@ -210,40 +209,44 @@ struct TopKGate {
         const Score sum = team.sum(E, [&](Index e) { return detail::sigmoid(logits[e]); });
         team.each(E, [&](Index e) { p[e] = sum == Score(0) ? Score(0) : detail::sigmoid(logits[e]) / sum; });
       }
-      team.once([&] { choose(t, E, k); });
+      choose(team, t, E, k);
     }
 
    private:
     /// ids and weights of token t.
-    LORAMIX_HD void choose(Index t, Index E, Index k) const {
+    template <Team Tm>
+    LORAMIX_HD void choose(const Tm& team, Index t, Index E, Index k) const {
       const TopKRule& r = gate.rule;
       const Score* const logits = state.logits.row(t);
       const Score* const p = state.p.row(t);
       std::int32_t* const ids = state.ids.row(t);
       const bool biased = call.selection_bias.data != nullptr, soft = r.scoring == Scoring::softmax;
-      detail::select_top_k(
-          E, k,
-          [&](Index e) {
-            if (!biased) return static_cast<float>(logits[e]);
-            return static_cast<float>(soft ? p[e] : detail::sigmoid(logits[e])) + call.selection_bias[e];
-          },
-          ids);
-      Index kept = k;
-      if (r.top_p > 0) {
-        Score sum = Score(0);
-        for (kept = 0; kept < k && !(sum >= Score(r.top_p)); ++kept) sum += p[ids[kept]];
-      }
-      bool broken = false;  // a NaN logit anywhere
-      for (Index e = 0; e < E; ++e) broken = broken || !(logits[e] == logits[e]);
-      Score sum = Score(0);
-      for (Index s = 0; s < kept; ++s) sum += gate.score(logits, p, ids[s]);
+      Index kept = 0;
+      Score sum = Score(0), carried = Score(0);  // of scores; of p, for top-p
+      std::uint64_t last = detail::before_all;
       for (Index s = 0; s < k; ++s) {
+        last = detail::next_choice(team, E, last, [&](Index e) {
+          if (!biased) return static_cast<float>(logits[e]);
+          return static_cast<float>(soft ? p[e] : detail::sigmoid(logits[e])) + call.selection_bias[e];
+        });
+        const Index e = detail::index_of(last);
+        if (r.top_p > 0 && carried >= Score(r.top_p)) {
+          team.once([&] { ids[s] = -1; });
+          continue;
+        }
+        if (r.top_p > 0) carried += p[e];
+        sum += gate.score(logits, p, e);
+        kept = s + 1;
+        team.once([&] { ids[s] = static_cast<std::int32_t>(e); });
+      }
+      const Score top = team.maximum(E, [&](Index e) { return logits[e]; });
+      const bool broken = !(top == top);  // a NaN logit anywhere
+      team.each(k, [&](Index s) {
         Score weight = s < kept ? gate.score(logits, p, ids[s]) : Score(0);
         if (r.renormalise) weight = sum == Score(0) ? Score(0) : weight / sum;
         state.weights(t, s) = broken ? logits[0] * Score(NAN) : weight * Score(r.route_scale);
-        if (s >= kept) ids[s] = -1;
         state.chosen(t, s) = ids[s];
-      }
+      });
     }
   };
 
