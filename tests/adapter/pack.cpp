@@ -18,7 +18,7 @@ TEST_CASE_TEMPLATE("forward on a pack of 16-bit weights gives the same bits, in 
     auto want = y;
     for (const lm::Into into : {lm::Into::add, lm::Into::set}) {
       b.forward(want, {.into = into});
-      lm::forward(b.be, packed, b.x, y, work.arena(), into);
+      lm::forward(b.be, packed, b.x, y, work.arena(), {.into = into});
       CHECK(same_bits(y, want));
     }
   }

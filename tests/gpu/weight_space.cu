@@ -99,6 +99,13 @@ void check_parameters(GpuHarness& gpu, A& grad, std::initializer_list<ref::Value
 constexpr lm::Key key{.seed = 3, .site = lm::site("m"), .step = 2, .first_token = 7};
 ref::Values dropped(const ref::Values& x) { return ref::dropped(x, 3, key.site, 2, 7, 0.5); }
 
+void check_bits(GpuHarness& gpu, lm::MatrixView<const float, device> got, lm::MatrixView<const float, device> want) {
+  const ref::Values a = download(gpu, got), b = download(gpu, want);
+  Index other = 0;
+  for (Index i = 0; i < b.size(); ++i) other += a[i] == b[i] ? 0 : 1;
+  CHECK(other == 0);
+}
+
 /// Forward and backward of an adapter without a base, against `want()`.
 template <class A, class Want>
 void check_adapter(const typename A::Config& config, std::initializer_list<ref::Values*> values, ref::Values& x,
@@ -121,6 +128,10 @@ void check_adapter(const typename A::Config& config, std::initializer_list<ref::
   const auto loss = [&] { return ref::inner(dy, want()); };
   check_parameters(gpu, grad, values, loss);
   check_equal("dx", download(gpu, dx), difference(x, loss));
+  const auto packed = lm::prepack(be, adapter);
+  const auto py = upload(gpu, ref::Values(T, out, 0));
+  lm::forward(be, packed, dx_, py, gpu.arena(lm::workspace_bytes(be, packed, T)), {.key = key});
+  check_bits(gpu, py, y);
   CHECK(gpu.release());
 }
 
@@ -164,6 +175,10 @@ TEST_CASE("weight space: DoRA on the device equals literal sums, whoever multipl
     auto saved = lm::forward(be, adapter, base, xd, y, gpu.arena(lm::workspace_bytes(be, adapter, T)),
                              {.save = &reserve, .key = key});
     check_equal("y", download(gpu, y), in_y ? ref::plus(base_y, 1, want()) : want());
+    const auto packed = lm::prepack(be, adapter, base);
+    const auto py = upload(gpu, in_y ? base_y : ref::Values(T, out, 0));
+    lm::forward(be, packed, base, xd, py, gpu.arena(lm::workspace_bytes(be, packed, T)), {.key = key});
+    check_bits(gpu, py, y);
     if (in_y) base.passed = upload(gpu, ref::Values(T, out, 0));
     lm::backward(be, adapter, base, saved, xd, dyd, dx, grad,
                  gpu.arena(lm::workspace_bytes(be, adapter, T, lm::Pass::backward)));

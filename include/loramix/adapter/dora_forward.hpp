@@ -10,13 +10,15 @@
 /// Adds to:     y [T, d_out], dx [T, d_in], the gradient; Into::set assigns. Writes passed [T, d_out].
 /// Errors:      as in adapter/forward.hpp, before any write; in_y with Into::set, or with drop_base while dropout is
 ///              on.
-/// Cost:        adapter.cost(T), dora_norms; 2·T·d_in·d_out flop each way where W is multiplied here.
+/// Cost:        adapter.cost(T), dora_norms (a pack, prepack(be, dora, base), holds m/n); 2·T·d_in·d_out flop each way
+///              where W is multiplied here.
 /// Determinism: ADR 0005. With B = 0 and m = ‖W‖ by row (start_magnitude) ΔY is 0 bit for bit.
 /// Example:     tests/adapter/dora.cpp
 #pragma once
 #include <loramix/adapter/dora.hpp>
 #include <loramix/adapter/forward.hpp>
 #include <loramix/adapter/merge_rows.hpp>
+#include <loramix/adapter/pack.hpp>
 #include <loramix/ops/output_scale.hpp>
 #include <loramix/ops/row_norm.hpp>
 
@@ -46,16 +48,13 @@ struct DoraBase {
 template <DoraAdapter A>
 struct DoraSaved {
   using Acc = typename A::precision::accumulation;
-  Index tokens = 0;
+  detail::Origin origin;
   Dropout dropout;
   VectorView<Acc, A::space> ratio;    // [d_out] m/n
   VectorView<Acc, A::space> inverse;  // [d_out] 1/n, 0 where n is
   MatrixView<Acc, A::space> u;        // [T, r]; empty with Keep::recompute, and so is sum
   MatrixView<Acc, A::space> sum;      // [T, d_out] X Wᵀ + s X̂AᵀBᵀ
   bool in_y = false;
-  const void* owner = nullptr;
-  std::uint64_t weights = 0;
-  bool live = false;
 };
 
 namespace detail {
@@ -127,16 +126,98 @@ struct DoraOps {
 };
 
 template <DoraAdapter A>
-DoraSaved<A> carve_saved(Arena<A::space>& arena, const A& a, Index tokens, bool with_u) {
+DoraSaved<A> carve_saved(Arena<A::space>& arena, const A& a, Index tokens, bool with_u, bool training) {
   using Acc = typename A::precision::accumulation;
   DoraSaved<A> saved;
-  saved.tokens = tokens;
+  if (training) saved.origin.stamp = carve_stamp(arena);
   saved.ratio = arena.template vector<Acc>(a.config().d_out);
   saved.inverse = arena.template vector<Acc>(a.config().d_out);
   if (with_u) saved.u = arena.template matrix<Acc>(tokens, a.config().rank);
   if (with_u) saved.sum = arena.template matrix<Acc>(tokens, a.config().d_out);
   return saved;
 }
+
+/// m/n and 1/n by row.
+template <class Backend, DoraAdapter A>
+void dora_ratios(const Backend& be, const A& a, const DoraBase<A>& base,
+                 VectorView<typename A::precision::accumulation, A::space> ratio,
+                 VectorView<typename A::precision::accumulation, A::space> inverse, Arena<A::space> work) {
+  using Ops = DoraOps<A>;
+  dora_norms(be, Ops::norms(a, base, inverse), work);
+  for_rows<A::space>(be, ratio.size,
+                     DoraRatio<typename Ops::W, typename Ops::Acc, A::space>{a.magnitude(), ratio, inverse});
+}
+
+/// What is left when m/n is there: checked first, then run.
+template <DoraAdapter A>
+struct DoraProduct {
+  using Ops = DoraOps<A>;
+  using X = typename Ops::X;
+  using Acc = typename Ops::Acc;
+  static constexpr Space space = A::space;
+  MatrixView<const X, space> x;
+  MatrixView<X, space> y;
+  VectorView<const Acc, space> ratio;
+  MatrixView<Acc, space> sum, product, low;  // [T, d_out], sum may be empty
+  bool in_y;
+  Into into;
+  typename Ops::BaseOp through_base;
+  typename Ops::ShrinkOp shrink;
+  typename Ops::ExpandOp expand;
+
+  DoraProduct(const A& a, const DoraBase<A>& base, MatrixView<const X, space> x_, MatrixView<X, space> y_,
+              VectorView<const Acc, space> ratio_, MatrixView<Acc, space> u, MatrixView<Acc, space> sum_,
+              const Dropout& dropout, Into into_, Arena<space>& work)
+      : x(x_),
+        y(y_),
+        ratio(ratio_),
+        sum(sum_),
+        product(work.template matrix<Acc>(x_.rows, a.config().d_out)),
+        low(work.template matrix<Acc>(x_.rows, a.config().d_out)),
+        in_y(base.in_y),
+        into(into_),
+        through_base{base.weights, {}, x, Ops::base_dropout(a, dropout), product, {}},
+        shrink{a.A(), {}, x, dropout, u, {}},
+        expand(Ops::expand(a, u, low)) {
+    Ops::check_base("forward", a, base);
+    check::disjoint("forward", "y", y, "W", base.weights);
+    if (base.in_y && (into == Into::set || through_base.dropout.on())) {
+      fail(check::detail::about(ErrorCode::value, "forward", "in_y")
+           << " says that y holds X Wᵀ: that needs Into::add, and no drop_base while dropout is on");
+    }
+    shrink.check();
+    expand.check();
+  }
+  template <class Backend>
+  void run(const Backend& be, Arena<space> work) const {
+    run_checked(be, shrink, work);
+    run_checked(be, expand, work);
+    if (in_y) {
+      output_scale(be, typename Ops::template ScaleOp<X>{ratio, y, low, y, sum});
+    } else {
+      execute(be, through_base, work);
+      output_scale(be, typename Ops::template ScaleOp<Acc>{ratio, product, low, y, sum, true, into});
+    }
+  }
+};
+
+/// A pack's m/n.
+template <DoraAdapter A>
+struct Prepared<A> {
+  using Acc = typename A::precision::accumulation;
+  template <class Backend, class Values>
+  Prepared(const Backend& be, const Values& values, const DoraBase<A>& base) : ratio(values.config().d_out) {
+    using Memory = Arena<A::space>;
+    const DoraBase<Values> frozen{base.weights, base.squares};
+    DoraOps<Values>::check_base("prepack", values, frozen);
+    DoraOps<Values>::norms(values, frozen, ratio.view()).check();
+    Buffer<Acc, A::space> inverse(values.config().d_out);
+    const Index bytes = dora_norms_bytes(be, DoraOps<Values>::norms(values, frozen, ratio.view()));
+    Buffer<std::byte, A::space> scratch(Memory::with_alignment(bytes));
+    dora_ratios(be, values, frozen, ratio.view(), inverse.view(), Memory{scratch.data(), scratch.size()});
+  }
+  Buffer<Acc, A::space> ratio;
+};
 
 }  // namespace detail
 
@@ -151,9 +232,8 @@ void start_magnitude(const Backend& be, A& adapter, const DoraBase<A>& base) {
 /// Bytes of reserve of a saving forward with at most `tokens` tokens.
 template <DoraAdapter A>
 Index reserve_bytes(const A& adapter, Index tokens, Keep keep = Keep::z) {
-  using Memory = Arena<A::space>;
-  return Memory::with_alignment(
-      carved_bytes<A::space>([&](Memory& arena) { detail::carve_saved(arena, adapter, tokens, keep == Keep::z); }));
+  return detail::bytes_for<A::space>(
+      [&](Arena<A::space>& arena) { detail::carve_saved(arena, adapter, tokens, keep == Keep::z, true); });
 }
 
 /// Bytes of workspace of any call with at most `tokens` tokens, with or without in_y.
@@ -166,7 +246,7 @@ Index workspace_bytes(const Backend& be, const A& adapter, Index tokens, Pass pa
   const auto x = Ops::sized(tokens, d_in), w = Ops::sized(d_out, d_in);
   Arena<A::space> counter = Arena<A::space>::counting();
   if (pass == Pass::forward) {
-    detail::carve_saved(counter, adapter, tokens, true);
+    detail::carve_saved(counter, adapter, tokens, true, false);
   } else {
     counter.template matrix<Acc>(tokens, rank);   // u, recomputed
     counter.template matrix<Acc>(tokens, d_out);  // sum, recomputed
@@ -197,49 +277,48 @@ DoraSaved<A> forward(const Backend& be, const A& adapter, const DoraBase<A>& bas
                      MatrixView<typename A::precision::activation, A::space> y, Arena<A::space> work,
                      ForwardOptions<A::space> options = {}) {
   using Ops = detail::DoraOps<A>;
-  using X = typename Ops::X;
   using Acc = typename Ops::Acc;
-  const char* const op = "forward";
-  const Index tokens = x.rows, d_out = adapter.config().d_out;
-  const Dropout dropout = detail::begin_forward(be, adapter, x, work, options);
-  Ops::check_base(op, adapter, base);
-  check::shape(op, "y", y, "the number of tokens", tokens, "d_out of the adapter", d_out);
-  check::disjoint(op, "y", y, "x", x);
-  check::disjoint(op, "y", y, "W", base.weights);
-  if (base.in_y && (options.into == Into::set || Ops::base_dropout(adapter, dropout).on())) {
-    fail(check::detail::about(ErrorCode::value, op, "in_y")
-         << " says that y holds X Wᵀ: that needs Into::add, and no drop_base while dropout is on");
-  }
+  const Index tokens = x.rows;
+  const Dropout dropout = detail::begin_forward(be, adapter, x, y, work, options);
   const bool save = options.save != nullptr, keep = save && options.keep == Keep::z;
   Arena<A::space> reserve = save ? *options.save : Arena<A::space>{};
-  DoraSaved<A> saved = detail::carve_saved(save ? reserve : work, adapter, tokens, keep);
+  DoraSaved<A> saved = detail::carve_saved(save ? reserve : work, adapter, tokens, keep, save);
   const auto u = keep ? saved.u : work.template matrix<Acc>(tokens, adapter.config().rank);
-  const auto product = work.template matrix<Acc>(tokens, d_out), low = work.template matrix<Acc>(tokens, d_out);
-  const typename Ops::ShrinkOp shrink{adapter.A(), {}, x, dropout, u, {}};
-  const auto expand = Ops::expand(adapter, u, low);
-  const auto norms = Ops::norms(adapter, base, saved.inverse);
-  shrink.check();
-  expand.check();
-  norms.check();
+  const detail::DoraProduct<A> product(adapter, base, x, y, saved.ratio, u, saved.sum, dropout, options.into, work);
+  Ops::norms(adapter, base, saved.inverse).check();
 
-  dora_norms(be, norms, work);
-  for_rows<A::space>(
-      be, d_out, detail::DoraRatio<typename Ops::W, Acc, A::space>{adapter.magnitude(), saved.ratio, saved.inverse});
-  detail::run_checked(be, shrink, work);
-  detail::run_checked(be, expand, work);
-  if (base.in_y) {
-    output_scale(be, typename Ops::template ScaleOp<X>{saved.ratio, y, low, y, saved.sum});
-  } else {
-    const Dropout base_dropout = Ops::base_dropout(adapter, dropout);
-    execute(be, typename Ops::BaseOp{base.weights, {}, x, base_dropout, product, {}}, work);
-    output_scale(be, typename Ops::template ScaleOp<Acc>{saved.ratio, product, low, y, saved.sum, true, options.into});
-  }
+  detail::dora_ratios(be, adapter, base, saved.ratio, saved.inverse, work);
+  product.run(be, work);
   if (!save) return {};
   *options.save = reserve;
   saved.dropout = dropout;
   saved.in_y = base.in_y;
-  detail::mark_live(adapter, saved);
+  detail::mark_live(adapter, tokens, saved.origin);
   return saved;
+}
+
+/// The pack of `adapter` on the frozen layer `base`; it holds m/n.
+template <class Backend, DoraAdapter A>
+Packed<A> prepack(const Backend& be, const A& adapter, const DoraBase<A>& base, Pass pass = Pass::forward) {
+  detail::check_pass(pass);
+  return Packed<A>(be, adapter, base);
+}
+
+/// Inference on a pack; `base` is the layer for which it was made.
+template <class Backend, DoraAdapter A>
+void forward(const Backend& be, const Packed<A>& packed, const DoraBase<A>& base,
+             MatrixView<const typename A::precision::activation, A::space> x,
+             MatrixView<typename A::precision::activation, A::space> y, Arena<A::space> work,
+             const ForwardOptions<A::space>& options = {}) {
+  using Values = typename Packed<A>::Values;
+  using Acc = typename A::precision::accumulation;
+  detail::check_inference(options);
+  const Values& values = packed.values();
+  const Dropout dropout = detail::begin_forward(be, values, x, y, work, options);
+  const auto u = work.template matrix<Acc>(x.rows, values.config().rank);
+  const detail::DoraProduct<Values> product(values, {base.weights, base.squares, base.in_y}, x, y,
+                                            packed.prepared().ratio.view(), u, {}, dropout, options.into, work);
+  product.run(be, work);
 }
 
 /// All gradients of one forward, once.
@@ -255,9 +334,8 @@ void backward(const Backend& be, const A& adapter, const DoraBase<A>& base, Dora
   const char* const op = "backward";
   constexpr bool trained = detail::check_gradient_type<A, Gradient>();
   const Index tokens = x.rows, d_out = adapter.config().d_out, rank = adapter.config().rank;
-  detail::begin_backward(be, adapter, saved, x, work);
+  detail::begin_backward(be, adapter, saved, x, dy, dx, work);
   Ops::check_base(op, adapter, base);
-  check::shape(op, "dy", dy, "the number of tokens", tokens, "d_out of the adapter", d_out);
   if (base.passed.data != nullptr) {
     if (!saved.in_y) {
       fail(check::detail::about(ErrorCode::value, op, "passed")
@@ -312,7 +390,7 @@ void backward(const Backend& be, const A& adapter, const DoraBase<A>& base, Dora
     for_rows<A::space>(be, tokens, ToScaled{saved.ratio, {}, dy, scaled, Into::set, true});
     detail::run_checked(be, through_base, work);
   }
-  saved.live = false;
+  detail::spend(saved.origin);
 }
 
 /// W ← (m/n) ∘ (W + s B A) in double, n = 0 gives 0, rounded once.

@@ -73,6 +73,15 @@ Stamp carve_stamp(Arena<S>& reserve) {
     return {};
 }
 
+/// Which forward left a Saved, and whether backward has had it.
+struct Origin {
+  Index tokens = 0;
+  const void* owner = nullptr;  // the adapter's parameters
+  std::uint64_t weights = 0;    // their checksum, in debug builds
+  Stamp stamp;
+  bool live = false;
+};
+
 struct NoState {};
 
 template <class G>
@@ -368,7 +377,7 @@ std::uint64_t checksum(const A& adapter) {
 template <ProductAdapter A>
 struct Saved {
   using Types = detail::ProductOf<A>;
-  Index tokens = 0;
+  detail::Origin origin;
   Dropout dropout;
   MatrixView<typename Types::Acc, A::space> u;     // [T, R_a]; empty with Keep::recompute
   MatrixView<typename Types::Score, A::space> h;   // [T, n] side rows: a router's logits
@@ -376,10 +385,6 @@ struct Saved {
   typename Types::State state{};                   // a computed gate's values
   GateCall<A::space> call;                         // what the batch said
   Scores<typename Types::Score, A::space> scores;  // a router's: what losses and telemetry take
-  const void* owner = nullptr;                     // parameters this belongs to
-  std::uint64_t weights = 0;                       // checksum, in debug builds
-  detail::Stamp stamp;
-  bool live = false;
 };
 
 namespace detail {
@@ -389,8 +394,7 @@ template <class A>
 Saved<A> carve_saved(Arena<A::space>& arena, const A& adapter, Index tokens, bool with_u, bool with_dh) {
   using T = ProductOf<A>;
   Saved<A> saved;
-  saved.tokens = tokens;
-  if (with_dh) saved.stamp = carve_stamp(arena);
+  if (with_dh) saved.origin.stamp = carve_stamp(arena);
   if (with_u) saved.u = arena.template matrix<typename T::Acc>(tokens, adapter.A().rows);
   if constexpr (T::computed) {
     const auto gate = adapter.gate();
@@ -399,6 +403,29 @@ Saved<A> carve_saved(Arena<A::space>& arena, const A& adapter, Index tokens, boo
     saved.state = gate.carve(arena, tokens, with_dh);
   }
   return saved;
+}
+
+/// What forward leaves of an adapter whose backward needs U alone.
+template <class A>
+struct SavedRanks {
+  Origin origin;
+  Dropout dropout;
+  MatrixView<typename A::precision::accumulation, A::space> u;  // [T, R_a]; empty with Keep::recompute
+};
+template <class A>
+SavedRanks<A> carve_ranks(Arena<A::space>& reserve, const A& adapter, Index tokens, Keep keep) {
+  SavedRanks<A> saved;
+  saved.origin.stamp = carve_stamp(reserve);
+  if (keep == Keep::z) {
+    saved.u = reserve.template matrix<typename A::precision::accumulation>(tokens, adapter.A().rows);
+  }
+  return saved;
+}
+
+/// Bytes of an arena from which `carve` cuts.
+template <Space S, class F>
+Index bytes_for(const F& carve) {
+  return Arena<S>::with_alignment(carved_bytes<S>(carve));
 }
 
 inline Index largest(std::initializer_list<Index> all) {
@@ -495,10 +522,8 @@ Index workspace_bytes(const Backend& be, const A& adapter, Index tokens, Pass pa
 /// Bytes of reserve that a saving forward with at most `tokens` tokens takes; Keep says per token what it costs.
 template <ProductAdapter A>
 Index reserve_bytes(const A& adapter, Index tokens, Keep keep = Keep::z) {
-  using Memory = Arena<A::space>;
-  Memory counter = Memory::counting();
-  detail::carve_saved(counter, adapter, tokens, keep == Keep::z, true);
-  return Memory::with_alignment(counter.used());
+  return detail::bytes_for<A::space>(
+      [&](Arena<A::space>& arena) { detail::carve_saved(arena, adapter, tokens, keep == Keep::z, true); });
 }
 
 namespace detail {
@@ -554,14 +579,14 @@ Dropout begin_forward(const Backend& be, const A& adapter, X x, Y y, const Arena
   return dropout;
 }
 
-template <class A, class Saved>
-void mark_live(const A& adapter, Saved& saved) {
-  saved.owner = adapter.parameters().data;
-  if constexpr (debug_checks) saved.weights = checksum(adapter);
-  if constexpr (requires { saved.stamp; }) {
-    if (saved.stamp.cell != nullptr) saved.stamp.set();
-  }
-  saved.live = true;
+/// Forward has left something for backward.
+template <class A>
+void mark_live(const A& adapter, Index tokens, Origin& origin) {
+  origin.tokens = tokens;
+  origin.owner = adapter.parameters().data;
+  if constexpr (debug_checks) origin.weights = checksum(adapter);
+  if (origin.stamp.cell != nullptr) origin.stamp.set();
+  origin.live = true;
 }
 
 /// A router's scores, where it has any; rows that are tokens get the batch's mask.
@@ -573,43 +598,42 @@ auto scores_of(const Gate& gate, const Saved& saved) {
   } else if constexpr (requires { gate.scores(saved.state, saved.h, saved.dh); }) {
     scores = gate.scores(saved.state, saved.h, saved.dh);
   }
-  if (scores.by_token && scores.logits.rows == saved.tokens) scores.valid = saved.call.batch.valid;
+  if (scores.by_token && scores.logits.rows == saved.call.tokens) scores.valid = saved.call.batch.valid;
   return scores;
 }
 
 /// After backward: this Saved, and every copy of it, is spent.
-template <class Saved>
-void spend(Saved& saved) {
-  if constexpr (requires { saved.stamp; }) {
-    if (saved.stamp.cell != nullptr) *saved.stamp.cell = 0;
-  }
-  saved.live = false;
+inline void spend(Origin& origin) {
+  if (origin.stamp.cell != nullptr) *origin.stamp.cell = 0;
+  origin.live = false;
 }
 
-/// That `saved` is what this adapter's forward left for `tokens` tokens, and nobody has spent it.
-template <class A, class Saved>
-void check_saved(const A& adapter, const Saved& saved, Index tokens) {
-  const char* const op = "backward";
-  if (!saved.live) {
+/// That a Saved is what this adapter's forward left, and nobody has spent it.
+template <class A>
+void check_origin(const char* op, const A& adapter, const Origin& origin) {
+  if (!origin.live) {
     fail(check::detail::about(ErrorCode::state, op, "saved")
          << " is spent: forward saved nothing, or backward has run before");
   }
-  if (saved.owner != adapter.parameters().data) {
+  if (origin.owner != adapter.parameters().data) {
     fail(check::detail::about(ErrorCode::state, op, "saved") << " comes from another adapter's forward");
   }
-  if constexpr (requires { saved.stamp; }) {
-    if (!saved.stamp.holds()) {
-      fail(check::detail::about(ErrorCode::state, op, "saved")
-           << " is gone from the reserve: another forward has used it since, or backward has run on a copy");
-    }
+  if (!origin.stamp.holds()) {
+    fail(check::detail::about(ErrorCode::state, op, "saved")
+         << " is gone from the reserve: another forward has used it since, or backward has run on a copy");
   }
-  check::same(op, "x", "rows", tokens, "the number of tokens of saved", saved.tokens);
   if constexpr (debug_checks) {
     // 0: forward ran in a unit compiled with NDEBUG.
-    if (saved.weights != 0 && saved.weights != checksum(adapter)) {
+    if (origin.weights != 0 && origin.weights != checksum(adapter)) {
       fail(check::detail::about(ErrorCode::state, op, "the adapter") << " changed its weights since forward");
     }
   }
+}
+/// The same, and that it is of as many tokens.
+template <class A>
+void check_origin(const char* op, const A& adapter, const Origin& origin, Index tokens) {
+  check_origin(op, adapter, origin);
+  check::same(op, "x", "rows", tokens, "the number of tokens of saved", origin.tokens);
 }
 
 /// The workspace of a backward, as large as it must be and apart from x.
@@ -626,7 +650,7 @@ MatrixView<const std::byte, A::space> backward_memory(const Backend& be, const A
 template <class Backend, class A, class Saved, class X>
 void begin_backward(const Backend& be, const A& adapter, const Saved& saved, X x, const Arena<A::space>& work) {
   check::view("backward", "x", x);
-  check_saved(adapter, saved, x.rows);
+  check_origin("backward", adapter, saved.origin, x.rows);
   backward_memory(be, adapter, x, work);
 }
 /// The same for an adapter that reads dy [T, d_out] and saved its U.
@@ -635,7 +659,7 @@ void begin_backward(const Backend& be, const A& adapter, const Saved& saved, X x
                     const Arena<A::space>& work) {
   const char* const op = "backward";
   check::view(op, "x", x);
-  check_saved(adapter, saved, x.rows);
+  check_origin(op, adapter, saved.origin, x.rows);
   check::same(op, "x", "columns", x.cols, "d_in of the adapter", adapter.A().cols);
   check::view(op, "dx", dx);
   check::shape(op, "dy", dy, "the number of tokens", x.rows, "d_out of the adapter", output_width(adapter));
@@ -697,7 +721,7 @@ Saved<A> forward(const Backend& be, const A& adapter, MatrixView<const typename 
   *options.save = reserve;
   saved.dropout = dropout;
   if constexpr (T::computed) saved.scores = detail::scores_of(gate, saved);
-  detail::mark_live(adapter, saved);
+  detail::mark_live(adapter, tokens, saved.origin);
   return saved;
 }
 
@@ -768,7 +792,7 @@ void backward(const Backend& be, const A& adapter, Saved<A>& saved,
     if (dx.data != nullptr) detail::jitter_rows<T>(be, jitter, saved.call.key, router.dx, dx, Into::add);
   }
   if constexpr (trained) by_rank.add_to(be, adapter, grad, options.parameters);
-  detail::spend(saved);
+  detail::spend(saved.origin);
 }
 
 }  // namespace LORAMIX_ABI

@@ -27,15 +27,7 @@ concept FusedAdapter = is_fused<A>;
 
 /// What forward leaves for backward.
 template <FusedAdapter A>
-struct FusedSaved {
-  Index tokens = 0;
-  Dropout dropout;
-  MatrixView<typename A::precision::accumulation, A::space> u;  // [T, R_a]; empty with Keep::recompute
-  const void* owner = nullptr;
-  std::uint64_t weights = 0;
-  detail::Stamp stamp;
-  bool live = false;
-};
+using FusedSaved = detail::SavedRanks<A>;
 
 namespace detail {
 
@@ -85,12 +77,8 @@ struct FusedOps {
 /// Bytes of reserve of a saving forward with at most `tokens` tokens.
 template <FusedAdapter A>
 Index reserve_bytes(const A& adapter, Index tokens, Keep keep = Keep::z) {
-  Arena<A::space> counter = Arena<A::space>::counting();
-  detail::carve_stamp(counter);
-  if (keep == Keep::z) {
-    counter.template matrix<typename A::precision::accumulation>(tokens, adapter.config().rows_of_A());
-  }
-  return Arena<A::space>::with_alignment(counter.used());
+  return detail::bytes_for<A::space>(
+      [&](Arena<A::space>& arena) { detail::carve_ranks(arena, adapter, tokens, keep); });
 }
 
 /// Bytes of workspace of any call with at most `tokens` tokens.
@@ -101,13 +89,13 @@ Index workspace_bytes(const Backend& be, const A& adapter, Index tokens, Pass pa
   Arena<A::space> counter = Arena<A::space>::counting();
   const MatrixView<const typename Ops::X, A::space> x{nullptr, tokens, adapter.config().d_in};
   const MatrixView<typename Ops::X, A::space> y{nullptr, tokens, adapter.config().d_out};
-  const auto u = counter.template matrix<typename Ops::Acc>(tokens, adapter.config().rows_of_A());
+  const auto u = counter.template matrix<typename Ops::Acc>(tokens, adapter.A().rows);
   Index stage = scratch_bytes(be, typename Ops::ShrinkOp{adapter.A(), {}, x, {}, u, {}});
   const auto larger = [&stage](Index bytes) { stage = bytes > stage ? bytes : stage; };
   const Index slices = adapter.config().slices.size();
   for (Index i = 0; i < slices; ++i) larger(scratch_bytes(be, Ops::expand(adapter, i, u, y, Into::add)));
   if (pass == Pass::backward) {
-    const auto du = counter.template matrix<typename Ops::Acc>(tokens, adapter.config().rows_of_A());
+    const auto du = counter.template matrix<typename Ops::Acc>(tokens, adapter.A().rows);
     const auto part = counter.template matrix<typename Ops::Acc>(tokens, adapter.config().rank);
     for (Index i = 0; i < slices; ++i) {
       larger(scratch_bytes(be, Ops::expand_backward(adapter, i, u, y, part, Into::add)));
@@ -127,10 +115,12 @@ FusedSaved<A> forward(const Backend& be, const A& adapter,
   const Index tokens = x.rows;
   const Dropout dropout = detail::begin_forward(be, adapter, x, y, work, options);
 
-  Arena<A::space> reserve = options.save != nullptr ? *options.save : Arena<A::space>{};
-  const bool keep_u = options.save != nullptr && options.keep == Keep::z;
-  const detail::Stamp stamp = options.save != nullptr ? detail::carve_stamp(reserve) : detail::Stamp{};
-  const auto u = (keep_u ? reserve : work).template matrix<typename Ops::Acc>(tokens, adapter.config().rows_of_A());
+  const bool save = options.save != nullptr;
+  Arena<A::space> reserve = save ? *options.save : Arena<A::space>{};
+  FusedSaved<A> saved;
+  if (save) saved = detail::carve_ranks(reserve, adapter, tokens, options.keep);
+  const bool kept = save && options.keep == Keep::z;
+  const auto u = kept ? saved.u : work.template matrix<typename Ops::Acc>(tokens, adapter.A().rows);
   const typename Ops::ShrinkOp shrink{adapter.A(), {}, x, dropout, u, {}};
   shrink.check();
   for (Index i = 0; i < adapter.config().slices.size(); ++i) {
@@ -141,14 +131,10 @@ FusedSaved<A> forward(const Backend& be, const A& adapter,
   for (Index i = 0; i < adapter.config().slices.size(); ++i) {
     detail::run_checked(be, Ops::expand(adapter, i, u, y, options.into), work);
   }
-  if (options.save == nullptr) return {};
+  if (!save) return {};
   *options.save = reserve;
-  FusedSaved<A> saved;
-  saved.tokens = tokens;
   saved.dropout = dropout;
-  saved.stamp = stamp;
-  if (keep_u) saved.u = u;
-  detail::mark_live(adapter, saved);
+  detail::mark_live(adapter, tokens, saved.origin);
   return saved;
 }
 
@@ -166,8 +152,8 @@ void backward(const Backend& be, const A& adapter, FusedSaved<A>& saved,
   detail::begin_backward(be, adapter, saved, x, dy, dx, work);
 
   const bool recompute = saved.u.data == nullptr;
-  const auto u = recompute ? work.template matrix<Acc>(tokens, adapter.config().rows_of_A()) : saved.u;
-  const auto du = work.template matrix<Acc>(tokens, adapter.config().rows_of_A());
+  const auto u = recompute ? work.template matrix<Acc>(tokens, adapter.A().rows) : saved.u;
+  const auto du = work.template matrix<Acc>(tokens, adapter.A().rows);
   const auto part = work.template matrix<Acc>(tokens, rank);
   const auto slice_backward = [&](Index i) {
     auto op = Ops::expand_backward(adapter, i, u, dy, part, options.parameters);
@@ -194,7 +180,7 @@ void backward(const Backend& be, const A& adapter, FusedSaved<A>& saved,
                        Store{part, du.block(0, tokens, adapter.first_rank(i), rank), first ? Into::set : Into::add});
   }
   detail::run_checked(be, shrink, work);
-  detail::spend(saved);
+  detail::spend(saved.origin);
 }
 
 /// Folds every slice into its rows of W.

@@ -42,6 +42,7 @@ class Ia3 {
   using rebind = Ia3<P, V, U>;
   static constexpr Space space = S;
   static constexpr const char* kind = "ia3";
+  static constexpr bool has_pack = false;
 
   explicit Ia3(const Config& c)
       : config_((detail::checked("Ia3", LoraConfig{.d_in = c.d_in, .d_out = c.d_out}), c)), parameters_({c.width()}) {}

@@ -7,7 +7,7 @@
 /// Reads:       l [1, n], x [T, n], dy [T, n].
 /// Adds to:     y [T, n], dx [T, n], the gradient; Into::set assigns.
 /// Errors:      as in adapter/forward.hpp, before any write. Keep::recompute when y is x: x is gone then.
-/// Cost:        one pass; reserve T·n accumulation values with Keep::z, workspace as many in backward.
+/// Cost:        one pass; reserve T·n accumulation values with Keep::z, workspace twice as many in backward.
 /// Determinism: elements are alone; dl sums tokens in ColumnSum's order.
 /// Example:     tests/adapter/ia3.cpp
 #pragma once
@@ -31,19 +31,27 @@ concept Ia3Adapter = is_ia3<A>;
 /// What forward leaves for backward.
 template <Ia3Adapter A>
 struct Ia3Saved {
-  Index tokens = 0;
+  detail::Origin origin;
   MatrixView<typename A::precision::accumulation, A::space> x;  // [T, n]; empty with Keep::recompute
-  const void* owner = nullptr;
-  std::uint64_t weights = 0;
-  bool live = false;
 };
+
+namespace detail {
+template <Ia3Adapter A>
+Ia3Saved<A> carve_saved(Arena<A::space>& reserve, const A& a, Index tokens, Keep keep) {
+  Ia3Saved<A> saved;
+  saved.origin.stamp = carve_stamp(reserve);
+  if (keep == Keep::z) {
+    saved.x = reserve.template matrix<typename A::precision::accumulation>(tokens, a.config().width());
+  }
+  return saved;
+}
+}  // namespace detail
 
 /// Bytes of reserve of a saving forward with at most `tokens` tokens.
 template <Ia3Adapter A>
 Index reserve_bytes(const A& adapter, Index tokens, Keep keep = Keep::z) {
-  using Acc = typename A::precision::accumulation;
-  const Index bytes = output_scale_backward_bytes<Acc, A::space>(tokens, adapter.config().width());
-  return Arena<A::space>::with_alignment(keep == Keep::z ? bytes : 0);
+  return detail::bytes_for<A::space>(
+      [&](Arena<A::space>& arena) { detail::carve_saved(arena, adapter, tokens, keep); });
 }
 
 /// Bytes of workspace of any call with at most `tokens` tokens.
@@ -64,20 +72,19 @@ Ia3Saved<A> forward(const Backend& be, const A& adapter,
   using X = typename A::precision::activation;
   using Acc = typename A::precision::accumulation;
   detail::begin_forward(be, adapter, x, work, options);
-  const bool keep = options.save != nullptr && options.keep == Keep::z;
-  if (options.save != nullptr && !keep && x.data == y.data && !y.empty()) {
+  const bool save = options.save != nullptr;
+  if (save && options.keep == Keep::recompute && x.data == y.data && !y.empty()) {
     fail(check::detail::about(ErrorCode::value, "forward", "keep")
          << " is recompute, but y is x: nothing is left of x");
   }
-  Arena<A::space> reserve = options.save != nullptr ? *options.save : Arena<A::space>{};
+  Arena<A::space> reserve = save ? *options.save : Arena<A::space>{};
   Ia3Saved<A> saved;
-  if (keep) saved.x = reserve.template matrix<Acc>(x.rows, x.cols);
+  if (save) saved = detail::carve_saved(reserve, adapter, x.rows, options.keep);
   output_scale(be, OutputScale<X, typename A::element, Acc, X, A::space>{
                        {adapter.l().data, adapter.config().width()}, x, {}, y, saved.x, true, options.into});
-  if (options.save == nullptr) return {};
+  if (!save) return {};
   *options.save = reserve;
-  saved.tokens = x.rows;
-  detail::mark_live(adapter, saved);
+  detail::mark_live(adapter, x.rows, saved.origin);
   return saved;
 }
 
@@ -93,9 +100,11 @@ void backward(const Backend& be, const A& adapter, Ia3Saved<A>& saved,
   constexpr bool trained = detail::check_gradient_type<A, Gradient>();
   detail::begin_backward(be, adapter, saved, x, work);
   const Index n = adapter.config().width();
-  check::shape("backward", "x", x, "the number of tokens", saved.tokens, "the size of l", n);
-  check::shape("backward", "dy", dy, "the number of tokens", saved.tokens, "the size of l", n);
-  if (dx.data != nullptr) check::shape("backward", "dx", dx, "the number of tokens", saved.tokens, "the size of l", n);
+  check::shape("backward", "x", x, "the number of tokens", saved.origin.tokens, "the size of l", n);
+  check::shape("backward", "dy", dy, "the number of tokens", saved.origin.tokens, "the size of l", n);
+  if (dx.data != nullptr) {
+    check::shape("backward", "dx", dx, "the number of tokens", saved.origin.tokens, "the size of l", n);
+  }
   const bool recompute = saved.x.data == nullptr;
   const auto kept = recompute ? work.template matrix<Acc>(x.rows, x.cols) : saved.x;
   OutputScaleBackward<typename A::element, Acc, X, X, A::space> op{{adapter.l().data, n}, kept, dy, dx,
@@ -110,7 +119,7 @@ void backward(const Backend& be, const A& adapter, Ia3Saved<A>& saved,
     for_rows<A::space>(be, x.rows, detail::WidenRow<X, Acc, A::space>{x, kept});
   }
   output_scale_backward(be, op, dl, options.parameters, work);
-  saved.live = false;
+  detail::spend(saved.origin);
 }
 
 /// W ← diag(l) W, or W diag(l) with feed_forward, in double, rounded once.

@@ -28,6 +28,7 @@
 #pragma once
 #include <loramix/adapter/forward.hpp>
 #include <loramix/adapter/mix_lora.hpp>
+#include <loramix/adapter/pack.hpp>
 
 namespace loramix {
 inline namespace LORAMIX_ABI {
@@ -62,7 +63,7 @@ struct MixLoraSaved {
   using Acc = typename P::accumulation;
   using Score = typename P::score;
   using State = typename decltype(std::declval<const A&>().gate())::State;
-  Index tokens = 0;
+  detail::Origin origin;
   Dropout dropout, down_dropout;
   MatrixView<Acc, A::space> z, dz;    // [T, 2·E·r] gate_proj's ranks, then up_proj's
   MatrixView<Acc, A::space> z2, dz2;  // [T, E·r] gated
@@ -70,8 +71,6 @@ struct MixLoraSaved {
   State state{}, dstate{};
   GateCall<A::space> call;
   Scores<Score, A::space> scores;  // what losses and telemetry take
-  const void* owner = nullptr;
-  std::uint64_t weights = 0;
   bool dropout_off = false;
   MixLoraStage stage = MixLoraStage::none;
 };
@@ -101,7 +100,7 @@ struct MixLoraOps {
   static Saved carve(Arena<space>& arena, const A& a, Index tokens) {
     const auto ranks = [&](Index n) { return arena.template matrix<Acc>(tokens, n); };
     Saved saved;
-    saved.tokens = tokens;
+    saved.origin.stamp = carve_stamp(arena);
     saved.z = ranks(2 * a.ranks());
     saved.dz = ranks(2 * a.ranks());
     saved.z2 = ranks(a.ranks());
@@ -149,10 +148,10 @@ struct MixLoraOps {
     return op;
   }
   static ExpandOp expand(const A& a, const Saved& s, View<X> y, Into into) {
-    return {s.z2, OpenGate<Score, space>{}.form(s.tokens, a.ranks()), a.B2(), Acc(a.scale()), y, into};
+    return {s.z2, OpenGate<Score, space>{}.form(s.z2.rows, a.ranks()), a.B2(), Acc(a.scale()), y, into};
   }
   static ExpandBackwardOp expand_backward(const A& a, const Saved& s, View<const X> dy, Into into) {
-    return {s.z2, OpenGate<Score, space>{}.form(s.tokens, a.ranks()), a.B2(), Acc(a.scale()), dy, s.dz2, {}, {}, into};
+    return {s.z2, OpenGate<Score, space>{}.form(s.z2.rows, a.ranks()), a.B2(), Acc(a.scale()), dy, s.dz2, {}, {}, into};
   }
   static ShrinkBackwardOp shrink_backward(const A& a, const Saved& s, View<const X> x, View<X> dx,
                                           BackwardOptions options) {
@@ -186,14 +185,13 @@ void check_stage(const char* op, const A& adapter, const MixLoraSaved<A>& saved,
          << " must come from " << names[static_cast<int>(before)] << ", but the last stage that ran is "
          << names[static_cast<int>(saved.stage)]);
   }
-  if (saved.owner != adapter.parameters().data) {
-    fail(check::detail::about(ErrorCode::state, op, "saved") << " comes from another adapter's route");
-  }
-  if constexpr (debug_checks) {
-    if (saved.weights != checksum(adapter)) {
-      fail(check::detail::about(ErrorCode::state, op, "the adapter") << " changed its weights since route");
-    }
-  }
+  check_origin(op, adapter, saved.origin);
+}
+/// A stage's last act: copies from before it are stale.
+template <MixLoraAdapter A>
+void pass_stage(MixLoraSaved<A>& saved, MixLoraStage now) {
+  saved.stage = now;
+  if (saved.origin.stamp.cell != nullptr) saved.origin.stamp.set();
 }
 
 }  // namespace detail
@@ -230,13 +228,12 @@ Index workspace_bytes(const Backend& be, const A& adapter, Index tokens, Pass pa
   return forward > backward ? forward : backward;
 }
 
-/// Bytes of reserve that a block with at most `tokens` tokens takes, in inference too.
+/// Bytes of reserve that a block with at most `tokens` tokens takes, in inference too. Nothing is made a second time.
 template <MixLoraAdapter A>
-Index reserve_bytes(const A& adapter, Index tokens) {
-  using Memory = Arena<A::space>;
+Index reserve_bytes(const A& adapter, Index tokens, Keep = Keep::z) {
   check::at_least("reserve_bytes", "tokens", tokens, 0);
-  return Memory::with_alignment(
-      carved_bytes<A::space>([&](Memory& arena) { detail::MixLoraOps<A>::carve(arena, adapter, tokens); }));
+  return detail::bytes_for<A::space>(
+      [&](Arena<A::space>& arena) { detail::MixLoraOps<A>::carve(arena, adapter, tokens); });
 }
 
 /// Stage 1: Z of gate_proj and up_proj, and which experts every token goes to.
@@ -282,8 +279,7 @@ MixLoraSaved<A> route(const Backend& be, const A& adapter,
   for_rows<A::space>(be, x.rows, detail::CopyRow<typename Ops::Score, A::space>{{}, saved.dh});
   saved.scores = gate.scores(saved.state, saved.h, saved.dh);
   saved.scores.valid = options.valid;
-  saved.owner = adapter.parameters().data;
-  if constexpr (detail::debug_checks) saved.weights = detail::checksum(adapter);
+  detail::mark_live(adapter, x.rows, saved.origin);
   saved.stage = MixLoraStage::routed;
   reserve = taken;
   return saved;
@@ -297,7 +293,7 @@ void mix(const Backend& be, const A& adapter, MixLoraSaved<A>& saved,
          MatrixView<typename A::precision::activation, A::space> hbar, Arena<A::space> work) {
   detail::check_stage("mix", adapter, saved, MixLoraStage::routed);
   execute(be, detail::MixLoraOps<A>::mix(adapter, saved, u, v, hbar), work);
-  saved.stage = MixLoraStage::mixed;
+  detail::pass_stage(saved, MixLoraStage::mixed);
 }
 
 /// Stage 3: y, which may hold the engine's W2 h̄, += s Z2 B2ᵀ.
@@ -306,7 +302,30 @@ void finish(const Backend& be, const A& adapter, MixLoraSaved<A>& saved,
             MatrixView<typename A::precision::activation, A::space> y, Arena<A::space> work, Into into = Into::add) {
   detail::check_stage("finish", adapter, saved, MixLoraStage::mixed);
   execute(be, detail::MixLoraOps<A>::expand(adapter, saved, y, into), work);
-  saved.stage = MixLoraStage::finished;
+  detail::pass_stage(saved, MixLoraStage::finished);
+}
+
+/// A pack's three stages. What they hand each other is of the widened adapter: auto saved = lm::route(be, packed, …).
+template <MixLoraAdapter A>
+Index reserve_bytes(const Packed<A>& packed, Index tokens) {
+  return reserve_bytes(packed.values(), tokens);
+}
+template <class Backend, MixLoraAdapter A>
+auto route(const Backend& be, const Packed<A>& packed, MatrixView<const typename A::precision::activation, A::space> x,
+           Arena<A::space>& reserve, Arena<A::space> work, const MixLoraOptions<A::space>& options = {}) {
+  return route(be, packed.values(), x, reserve, work, options);
+}
+template <class Backend, MixLoraAdapter A>
+void mix(const Backend& be, const Packed<A>& packed, MixLoraSaved<typename Packed<A>::Values>& saved,
+         MatrixView<const typename A::precision::activation, A::space> u,
+         MatrixView<const typename A::precision::activation, A::space> v,
+         MatrixView<typename A::precision::activation, A::space> hbar, Arena<A::space> work) {
+  mix(be, packed.values(), saved, u, v, hbar, work);
+}
+template <class Backend, MixLoraAdapter A>
+void finish(const Backend& be, const Packed<A>& packed, MixLoraSaved<typename Packed<A>::Values>& saved,
+            MatrixView<typename A::precision::activation, A::space> y, Arena<A::space> work, Into into = Into::add) {
+  finish(be, packed.values(), saved, y, work, into);
 }
 
 /// Backward of stage 3.
@@ -322,7 +341,7 @@ void finish_backward(const Backend& be, const A& adapter, MixLoraSaved<A>& saved
   auto op = detail::MixLoraOps<A>::expand_backward(adapter, saved, dy, into);
   if constexpr (detail::check_gradient_type<A, Gradient>()) op.dB = grad.B2();
   execute(be, op, work);
-  saved.stage = MixLoraStage::down_done;
+  detail::pass_stage(saved, MixLoraStage::down_done);
 }
 
 /// Backward of stage 2, with the engine's dh̄ = dy W2; the engine adds du W1 + dv W3 to dx.
@@ -342,7 +361,7 @@ void mix_backward(const Backend& be, const A& adapter, MixLoraSaved<A>& saved,
     op.dA2 = grad.A2();
   }
   execute(be, op, work);
-  saved.stage = MixLoraStage::middle_done;
+  detail::pass_stage(saved, MixLoraStage::middle_done);
 }
 
 /// Backward of stage 1: dx gets what the adapters and the router read.
@@ -355,7 +374,7 @@ void route_backward(const Backend& be, const A& adapter, MixLoraSaved<A>& saved,
   const char* const op = "route_backward";
   detail::check_stage(op, adapter, saved, MixLoraStage::middle_done);
   check::view(op, "x", x);
-  check::same(op, "x", "rows", x.rows, "the number of tokens of saved", saved.tokens);
+  check::same(op, "x", "rows", x.rows, "the number of tokens of saved", saved.origin.tokens);
   auto shrink = Ops::shrink_backward(adapter, saved, x, dx, options);
   if constexpr (detail::check_gradient_type<A, Gradient>()) {
     shrink.dA = grad.A13();
@@ -380,6 +399,7 @@ void route_backward(const Backend& be, const A& adapter, MixLoraSaved<A>& saved,
   } else {
     detail::run_checked(be, shrink, work);
   }
+  detail::spend(saved.origin);
   saved.stage = MixLoraStage::none;
 }
 

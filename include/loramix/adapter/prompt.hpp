@@ -6,7 +6,7 @@
 ///              (ours).
 /// Parameters:  prompt_embeddings [v, d]; no weight decay.
 /// Errors:      sizes below 0; a batch without sequences, shapes; before any write.
-/// Cost:        one copy of x; no workspace, no reserve.
+/// Cost:        one copy of x; no workspace.
 /// Determinism: ops/prepend.hpp
 /// Merge:       none: it is not a weight.
 /// Example:     tests/adapter/prompt.cpp
@@ -42,6 +42,7 @@ class Prompt {
   using rebind = Prompt<P, V, U>;
   static constexpr Space space = S;
   static constexpr const char* kind = "prompt";
+  static constexpr bool has_pack = false;
 
   explicit Prompt(const Config& c)
       : config_((detail::checked("Prompt", LoraConfig{.d_in = c.d_in, .rank = c.rows}), c)),

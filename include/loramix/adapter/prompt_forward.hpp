@@ -6,7 +6,7 @@
 /// Writes:      y [T + n·v, d], whatever options.into says: rows move. sequence b of y begins at offsets[b] + b·v.
 /// Adds to:     dx [T, d], the gradient; Into::set assigns.
 /// Errors:      no sequences, shapes, alias, another adapter's or a spent Saved: before any write.
-/// Cost:        one copy; no workspace, no reserve.
+/// Cost:        one copy; no workspace, of the reserve 8 bytes.
 /// Determinism: ops/prepend.hpp
 /// Example:     tests/adapter/prompt.cpp
 #pragma once
@@ -27,17 +27,14 @@ concept PromptAdapter = is_prompt<A>;
 /// What forward leaves for backward: the batch's shape.
 template <PromptAdapter A>
 struct PromptSaved {
-  Index tokens = 0;
+  detail::Origin origin;
   Groups<A::space> sequences;
-  const void* owner = nullptr;
-  std::uint64_t weights = 0;
-  bool live = false;
 };
 
-/// None.
+/// Of a stamp alone (host).
 template <PromptAdapter A>
 Index reserve_bytes(const A&, Index, Keep = Keep::z) {
-  return 0;
+  return detail::bytes_for<A::space>([](Arena<A::space>& arena) { detail::carve_stamp(arena); });
 }
 /// None.
 template <class Backend, PromptAdapter A>
@@ -56,9 +53,9 @@ PromptSaved<A> forward(const Backend& be, const A& adapter,
   prepend_rows(be, adapter.rows(), x, options.sequences, y);
   if (options.save == nullptr) return {};
   PromptSaved<A> saved;
-  saved.tokens = x.rows;
+  saved.origin.stamp = detail::carve_stamp(*options.save);
   saved.sequences = options.sequences;
-  detail::mark_live(adapter, saved);
+  detail::mark_live(adapter, x.rows, saved.origin);
   return saved;
 }
 
@@ -72,8 +69,9 @@ void backward(const Backend& be, const A& adapter, PromptSaved<A>& saved,
   using Acc = typename A::precision::accumulation;
   constexpr bool trained = detail::check_gradient_type<A, Gradient>();
   detail::begin_backward(be, adapter, saved, x, work);
-  check::shape("backward", "dy", dy, "the rows of y", adapter.output_rows(saved.tokens, saved.sequences.segments),
-               "the width of the prompt", adapter.config().d_in);
+  check::shape("backward", "dy", dy, "the rows of y",
+               adapter.output_rows(saved.origin.tokens, saved.sequences.segments), "the width of the prompt",
+               adapter.config().d_in);
   MatrixView<typename A::precision::gradient, A::space> dprompt;
   if constexpr (trained) {
     check::same("backward", "grad", "size", grad.parameters().size, "the adapter's", adapter.parameters().size);
@@ -81,7 +79,7 @@ void backward(const Backend& be, const A& adapter, PromptSaved<A>& saved,
   }
   prepend_rows_backward<Acc>(be, dy, saved.sequences, adapter.config().rows, dprompt, options.parameters, dx,
                              options.input);
-  saved.live = false;
+  detail::spend(saved.origin);
 }
 
 }  // namespace LORAMIX_ABI

@@ -9,12 +9,14 @@
 /// Reads:       parameters, x [T, d_in]; backward also what forward saved and dy [T, d_out].
 /// Adds to:     y [T, d_out], dx [T, d_in], the gradient; Into::set assigns.
 /// Errors:      as in adapter/forward.hpp, all before the first write.
-/// Cost:        adapter.cost(T); B′ is made anew in both passes: d_out·R values of workspace, dB′ as many.
+/// Cost:        adapter.cost(T); B′ is made anew in both passes, but in a pack once (adapter/pack.hpp): d_out·R values of
+///              workspace, dB′ as many.
 /// Determinism: ADR 0005.
 /// Example:     adapter/moslora.hpp, adapter/multi_lora.hpp; tests/adapter/moslora.cpp
 #pragma once
 #include <loramix/adapter/forward.hpp>
 #include <loramix/adapter/merge.hpp>
+#include <loramix/adapter/pack.hpp>
 
 namespace loramix {
 inline namespace LORAMIX_ABI {
@@ -30,14 +32,7 @@ concept ReparamAdapter = Adapter<A> && !ProductAdapter<A> && requires(const A& a
 
 /// What forward leaves for backward.
 template <ReparamAdapter A>
-struct ReparamSaved {
-  Index tokens = 0;
-  Dropout dropout;
-  MatrixView<typename A::precision::accumulation, A::space> u;  // [T, R]; empty with Keep::recompute
-  const void* owner = nullptr;
-  std::uint64_t weights = 0;
-  bool live = false;
-};
+using ReparamSaved = detail::SavedRanks<A>;
 
 namespace detail {
 
@@ -62,6 +57,35 @@ struct ReparamOps {
   static GateForm<Acc, A::space> open(Index tokens, const A& a) {
     return OpenGate<Acc, A::space>{}.form(tokens, a.A().rows);
   }
+
+  /// y (+)= s X̂ Aᵀ B′ᵀ: checked, then, B′ being made, run.
+  struct Product {
+    ShrinkOp shrink;
+    ExpandOp expand;
+
+    Product(const A& a, MatrixView<const Acc, A::space, Major::column> up, MatrixView<const X, A::space> x,
+            MatrixView<X, A::space> y, MatrixView<Acc, A::space> u, const Dropout& dropout, Into into)
+        : shrink{a.A(), {}, x, dropout, u, {}}, expand{u, open(x.rows, a), up, Acc(a.scale()), y, into} {
+      shrink.check();
+      expand.check();
+    }
+    template <class Backend>
+    void run(const Backend& be, Arena<A::space> work) const {
+      run_checked(be, shrink, work);
+      run_checked(be, expand, work);
+    }
+  };
+};
+
+/// A pack's B′.
+template <ReparamAdapter A>
+struct Prepared<A> {
+  using Acc = typename A::precision::accumulation;
+  template <class Backend, class Values>
+  Prepared(const Backend& be, const Values& values) : up(values.config().d_out, values.A().rows) {
+    values.up(be, up.view());
+  }
+  Matrix<Acc, A::space, Major::column> up;
 };
 
 }  // namespace detail
@@ -69,10 +93,8 @@ struct ReparamOps {
 /// Bytes of reserve of a saving forward with at most `tokens` tokens.
 template <ReparamAdapter A>
 Index reserve_bytes(const A& adapter, Index tokens, Keep keep = Keep::z) {
-  using Memory = Arena<A::space>;
-  return Memory::with_alignment(carved_bytes<A::space>([&](Memory& arena) {
-    if (keep == Keep::z) arena.template matrix<typename A::precision::accumulation>(tokens, adapter.A().rows);
-  }));
+  return detail::bytes_for<A::space>(
+      [&](Arena<A::space>& arena) { detail::carve_ranks(arena, adapter, tokens, keep); });
 }
 
 /// Bytes of workspace of any call with at most `tokens` tokens.
@@ -106,29 +128,39 @@ ReparamSaved<A> forward(const Backend& be, const A& adapter,
                         ForwardOptions<A::space> options = {}) {
   using Ops = detail::ReparamOps<A>;
   const Index tokens = x.rows;
-  const Dropout dropout = detail::begin_forward(be, adapter, x, work, options);
-  Arena<A::space> reserve = options.save != nullptr ? *options.save : Arena<A::space>{};
-  const bool keep_u = options.save != nullptr && options.keep == Keep::z;
-  const auto u = (keep_u ? reserve : work).template matrix<typename Ops::Acc>(tokens, adapter.A().rows);
+  const Dropout dropout = detail::begin_forward(be, adapter, x, y, work, options);
+  const bool save = options.save != nullptr;
+  Arena<A::space> reserve = save ? *options.save : Arena<A::space>{};
+  ReparamSaved<A> saved;
+  if (save) saved = detail::carve_ranks(reserve, adapter, tokens, options.keep);
+  const bool kept = save && options.keep == Keep::z;
+  const auto u = kept ? saved.u : work.template matrix<typename Ops::Acc>(tokens, adapter.A().rows);
   const auto up = Ops::carve(work, adapter);
-  const typename Ops::ShrinkOp shrink{adapter.A(), {}, x, dropout, u, {}};
-  const typename Ops::ExpandOp expand{
-      u, Ops::open(tokens, adapter), up, typename Ops::Acc(adapter.scale()), y, options.into};
-  check::disjoint("forward", "y", y, "x", x);
-  shrink.check();
-  expand.check();
+  const typename Ops::Product product(adapter, up, x, y, u, dropout, options.into);
 
   adapter.up(be, up);
-  detail::run_checked(be, shrink, work);
-  detail::run_checked(be, expand, work);
-  if (options.save == nullptr) return {};
+  product.run(be, work);
+  if (!save) return {};
   *options.save = reserve;
-  ReparamSaved<A> saved;
-  saved.tokens = tokens;
   saved.dropout = dropout;
-  if (keep_u) saved.u = u;
-  detail::mark_live(adapter, saved);
+  detail::mark_live(adapter, tokens, saved.origin);
   return saved;
+}
+
+/// Inference on a pack, which holds B′.
+template <class Backend, ReparamAdapter A>
+void forward(const Backend& be, const Packed<A>& packed,
+             MatrixView<const typename A::precision::activation, A::space> x,
+             MatrixView<typename A::precision::activation, A::space> y, Arena<A::space> work,
+             const ForwardOptions<A::space>& options = {}) {
+  using Values = typename Packed<A>::Values;
+  using Ops = detail::ReparamOps<Values>;
+  detail::check_inference(options);
+  const Values& values = packed.values();
+  const Dropout dropout = detail::begin_forward(be, values, x, y, work, options);
+  const auto u = work.template matrix<typename Ops::Acc>(x.rows, values.A().rows);
+  const typename Ops::Product product(values, packed.prepared().up.view(), x, y, u, dropout, options.into);
+  product.run(be, work);
 }
 
 /// All gradients of one forward, once.
@@ -142,7 +174,7 @@ void backward(const Backend& be, const A& adapter, ReparamSaved<A>& saved,
   using Acc = typename Ops::Acc;
   constexpr bool trained = detail::check_gradient_type<A, Gradient>();
   const Index tokens = x.rows;
-  detail::begin_backward(be, adapter, saved, x, work);
+  detail::begin_backward(be, adapter, saved, x, dy, dx, work);
   const bool recompute = saved.u.data == nullptr;
   const auto u = recompute ? work.template matrix<Acc>(tokens, adapter.A().rows) : saved.u;
   const auto du = work.template matrix<Acc>(tokens, adapter.A().rows);
@@ -164,7 +196,7 @@ void backward(const Backend& be, const A& adapter, ReparamSaved<A>& saved,
   detail::run_checked(be, expand, work);
   if constexpr (trained) grad.add_up(be, adapter, expand.dB, options.parameters);
   detail::run_checked(be, shrink, work);
-  saved.live = false;
+  detail::spend(saved.origin);
 }
 
 /// W ← W + s B′ A, B′ and the sum in double, rounded once.

@@ -33,10 +33,8 @@ void shapley_values(const Backend& be, const A& adapter, const Saved<A>& saved,
                     MatrixView<typename A::precision::score, A::space> phi, Arena<A::space> work) {
   using T = detail::ProductOf<A>;
   const char* const op = "shapley_values";
-  if (!saved.live || saved.owner != adapter.parameters().data) {
-    fail(check::detail::about(ErrorCode::state, op, "saved") << " is spent, or comes from another adapter's forward");
-  }
-  if (saved.u.data == nullptr && saved.tokens != 0 && adapter.A().rows != 0) {
+  detail::check_origin(op, adapter, saved.origin);
+  if (saved.u.data == nullptr && saved.origin.tokens != 0 && adapter.A().rows != 0) {
     fail(check::detail::about(ErrorCode::state, op, "saved") << " holds no u: save with Keep::z");
   }
   const auto gate = adapter.gate();

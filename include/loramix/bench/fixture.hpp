@@ -175,9 +175,9 @@ class Case {
   }
   template <class Backend>
   void run_backward(const Backend& be) {
-    if (!saved_.live) run_forward(be);
-    if (saved_.stamp.cell != nullptr) saved_.stamp.set();  // of the last forward, again and again
-    Saved<Adapter> saved = saved_;                         // backward spends it
+    if (!saved_.origin.live) run_forward(be);
+    if (saved_.origin.stamp.cell != nullptr) saved_.origin.stamp.set();  // of the last forward, again and again
+    Saved<Adapter> saved = saved_;                                       // backward spends it
     loramix::backward(be, adapters_[0], saved, x_.view(), dy_.view(), dx_.view(), gradient_, Arena<>{work_});
   }
 

@@ -82,21 +82,21 @@ struct GateForm {
   bool computed = false;                // by a router of ours: contents are not there yet, or right
 
   // Selections: a rank is open where all that are present say so.
-  MatrixView<const std::int32_t, S> ids;  // [groups, k] chosen experts, distinct, −1 = none
-  Groups<S> id_groups;
-  VectorView<const std::int32_t, S> prefix;  // [groups] how many leading ranks are open
-  Groups<S> prefix_groups;
-  MatrixView<const std::uint8_t, S> subset;  // [groups, R] 0 = closed
-  Groups<S> subset_groups;
+  MatrixView<const std::int32_t, S> ids{};  // [groups, k] chosen experts, distinct, −1 = none
+  Groups<S> id_groups{};
+  VectorView<const std::int32_t, S> prefix{};  // [groups] how many leading ranks are open
+  Groups<S> prefix_groups{};
+  MatrixView<const std::uint8_t, S> subset{};  // [groups, R] 0 = closed
+  Groups<S> subset_groups{};
 
   // Factors.
-  MatrixView<const Score, S> id_weights;  // [groups, k] beside ids
-  MatrixView<const Score, S> weights;     // [groups, E]
-  Groups<S> weight_groups;
-  MatrixView<const Score, S> values;      // [T, R]
-  VectorView<const Score, S> multiplier;  // [groups]
-  Groups<S> multiplier_groups;
-  VectorView<const Score, S> rank_scale;  // [R]
+  MatrixView<const Score, S> id_weights{};  // [groups, k] beside ids
+  MatrixView<const Score, S> weights{};     // [groups, E]
+  Groups<S> weight_groups{};
+  MatrixView<const Score, S> values{};      // [T, R]
+  VectorView<const Score, S> multiplier{};  // [groups]
+  Groups<S> multiplier_groups{};
+  VectorView<const Score, S> rank_scale{};  // [R]
 
   LORAMIX_HD constexpr Index expert_begin(Index e) const {
     return rank_offsets != nullptr ? rank_offsets[e] : e * (ranks / experts);

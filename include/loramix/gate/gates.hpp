@@ -69,10 +69,7 @@ template <class Score = float, Space S = Space::host>
 struct OpenGate {
   static constexpr GateFacts facts{Sparsity::dense, Slots::none, true};
   constexpr GateForm<Score, S> form(Index tokens, Index ranks) const {
-    GateForm<Score, S> f;
-    f.tokens = tokens;
-    f.ranks = ranks;
-    return f;
+    return GateForm<Score, S>{.tokens = tokens, .ranks = ranks};
   }
 };
 
@@ -82,11 +79,8 @@ struct GroupExperts {
   MatrixView<const Score, S> weights;  // [groups, E]
   Groups<S> groups{};
   constexpr GateForm<Score, S> form(Index tokens, Index ranks) const {
-    GateForm<Score, S> f = OpenGate<Score, S>{}.form(tokens, ranks);
-    f.experts = weights.cols;
-    f.weights = weights;
-    f.weight_groups = groups;
-    return f;
+    return GateForm<Score, S>{
+        .tokens = tokens, .ranks = ranks, .experts = weights.cols, .weights = weights, .weight_groups = groups};
   }
 };
 
@@ -106,11 +100,7 @@ struct TopKExperts {
   MatrixView<const Score, S> weights;     // [T, k], or empty: 1
   Index experts = 1;
   constexpr GateForm<Score, S> form(Index tokens, Index ranks) const {
-    GateForm<Score, S> f = OpenGate<Score, S>{}.form(tokens, ranks);
-    f.experts = experts;
-    f.ids = ids;
-    f.id_weights = weights;
-    return f;
+    return GateForm<Score, S>{.tokens = tokens, .ranks = ranks, .experts = experts, .ids = ids, .id_weights = weights};
   }
 };
 
@@ -122,12 +112,12 @@ struct OneExpert {
   Index experts = 1;
   const Index* rank_offsets = nullptr;  // [E+1] for mixed ranks
   constexpr GateForm<Score, S> form(Index tokens, Index ranks) const {
-    GateForm<Score, S> f = OpenGate<Score, S>{}.form(tokens, ranks);
-    f.experts = experts;
-    f.rank_offsets = rank_offsets;
-    f.ids = {ids.data, ids.size, 1, 1};
-    f.id_groups = groups;
-    return f;
+    return GateForm<Score, S>{.tokens = tokens,
+                              .ranks = ranks,
+                              .experts = experts,
+                              .rank_offsets = rank_offsets,
+                              .ids = {ids.data, ids.size, 1, 1},
+                              .id_groups = groups};
   }
 };
 
@@ -136,9 +126,7 @@ struct RankValues {
   static constexpr GateFacts facts{Sparsity::dense, Slots::values, false};
   MatrixView<const Score, S> values;  // [T, R]
   constexpr GateForm<Score, S> form(Index tokens, Index ranks) const {
-    GateForm<Score, S> f = OpenGate<Score, S>{}.form(tokens, ranks);
-    f.values = values;
-    return f;
+    return GateForm<Score, S>{.tokens = tokens, .ranks = ranks, .values = values};
   }
 };
 
@@ -147,9 +135,7 @@ struct RankScale {
   static constexpr GateFacts facts{Sparsity::dense, Slots::rank_scale, true};
   VectorView<const Score, S> scale;  // [R]
   constexpr GateForm<Score, S> form(Index tokens, Index ranks) const {
-    GateForm<Score, S> f = OpenGate<Score, S>{}.form(tokens, ranks);
-    f.rank_scale = scale;
-    return f;
+    return GateForm<Score, S>{.tokens = tokens, .ranks = ranks, .rank_scale = scale};
   }
 };
 
@@ -159,10 +145,7 @@ struct RankPrefix {
   VectorView<const std::int32_t, S> counts;  // [groups]
   Groups<S> groups{};
   constexpr GateForm<Score, S> form(Index tokens, Index ranks) const {
-    GateForm<Score, S> f = OpenGate<Score, S>{}.form(tokens, ranks);
-    f.prefix = counts;
-    f.prefix_groups = groups;
-    return f;
+    return GateForm<Score, S>{.tokens = tokens, .ranks = ranks, .prefix = counts, .prefix_groups = groups};
   }
 };
 
@@ -172,10 +155,7 @@ struct RankSubset {
   MatrixView<const std::uint8_t, S> open;  // [groups, R], 0 = closed
   Groups<S> groups{};
   constexpr GateForm<Score, S> form(Index tokens, Index ranks) const {
-    GateForm<Score, S> f = OpenGate<Score, S>{}.form(tokens, ranks);
-    f.subset = open;
-    f.subset_groups = groups;
-    return f;
+    return GateForm<Score, S>{.tokens = tokens, .ranks = ranks, .subset = open, .subset_groups = groups};
   }
 };
 
@@ -185,10 +165,7 @@ struct Multiplier {
   VectorView<const Score, S> values;  // [groups]
   Groups<S> groups{};
   constexpr GateForm<Score, S> form(Index tokens, Index ranks) const {
-    GateForm<Score, S> f = OpenGate<Score, S>{}.form(tokens, ranks);
-    f.multiplier = values;
-    f.multiplier_groups = groups;
-    return f;
+    return GateForm<Score, S>{.tokens = tokens, .ranks = ranks, .multiplier = values, .multiplier_groups = groups};
   }
 };
 

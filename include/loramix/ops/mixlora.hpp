@@ -75,6 +75,54 @@ void check_chosen(const char* op, const GateForm<Score, S>& gate, Index tokens, 
   }
 }
 
+/// What the ops read alike, and what may be compared with it.
+template <class Op>
+struct MixShapes {
+  const Op& op;
+
+  template <class View>
+  void like_z(const char* what, View view) const {
+    check::shape(Op::name, what, view, "the number of tokens", op.z1.rows, "the ranks of z1", op.z1.cols);
+  }
+  template <class View>
+  void like_u(const char* what, View view) const {
+    check::shape(Op::name, what, view, "the number of tokens", op.z1.rows, "the columns of u", op.u.cols);
+  }
+  template <class View>
+  void like_B(const char* what, View view) const {
+    check::shape(Op::name, what, view, "the columns of u", op.u.cols, "the ranks of z1", op.z1.cols);
+  }
+  template <class View>
+  void like_A2(const char* what, View view) const {
+    check::shape(Op::name, what, view, "the ranks of z1", op.z1.cols, "the columns of u", op.u.cols);
+  }
+  void read() const {
+    check_chosen(Op::name, op.gate, op.z1.rows, op.z1.cols);
+    check::view(Op::name, "z1", op.z1);
+    check::view(Op::name, "u", op.u);
+    check::same(Op::name, "u", "rows", op.u.rows, "the number of tokens of z1", op.z1.rows);
+    like_z("z3", op.z3);
+    like_u("v", op.v);
+    like_B("B1", op.B1);
+    like_B("B3", op.B3);
+    like_A2("A2", op.A2);
+  }
+  /// What is written shares no memory with what is read.
+  template <class View>
+  void written(const char* what, View view) const {
+    const auto apart = [&](const char* other, auto from) { check::disjoint(Op::name, what, view, other, from); };
+    apart("z1", op.z1);
+    apart("z3", op.z3);
+    apart("u", op.u);
+    apart("v", op.v);
+    apart("B1", op.B1);
+    apart("B3", op.B3);
+    apart("A2", op.A2);
+    apart("gate ids", op.gate.ids);
+    apart("gate id_weights", op.gate.id_weights);
+  }
+};
+
 /// Which hidden values of a token the down projection sees; columns from `column` on, a multiple of 8.
 struct MixMask {
   Dropout dropout;
@@ -160,41 +208,13 @@ struct MixExperts {
   MatrixView<Acc, S> z2{};  // [T, E·r]
 
   void check() const {
-    detail::check_chosen(name, gate, z1.rows, z1.cols);
-    check::view(name, "z1", z1);
-    check::view(name, "u", u);
-    check::same(name, "u", "rows", u.rows, "the number of tokens of z1", z1.rows);
-    const auto like_z = [&](const char* what, auto view) {
-      check::shape(name, what, view, "the number of tokens", z1.rows, "the ranks of z1", z1.cols);
-    };
-    const auto like_u = [&](const char* what, auto view) {
-      check::shape(name, what, view, "the number of tokens", z1.rows, "the columns of u", u.cols);
-    };
-    like_z("z3", z3);
-    like_u("v", v);
-    check::shape(name, "B1", B1, "the columns of u", u.cols, "the ranks of z1", z1.cols);
-    check::shape(name, "B3", B3, "the columns of u", u.cols, "the ranks of z1", z1.cols);
-    check::shape(name, "A2", A2, "the ranks of z1", z1.cols, "the columns of u", u.cols);
-    like_u("hbar", hbar);
-    like_z("z2", z2);
-    written("hbar", hbar);
-    written("z2", z2);
+    const detail::MixShapes<MixExperts> shapes{*this};
+    shapes.read();
+    shapes.like_u("hbar", hbar);
+    shapes.like_z("z2", z2);
+    shapes.written("hbar", hbar);
+    shapes.written("z2", z2);
     check::disjoint(name, "z2", z2, "hbar", hbar);
-  }
-
- private:
-  template <class View>
-  void written(const char* what, View view) const {
-    const auto apart = [&](const char* other, auto read) { check::disjoint(name, what, view, other, read); };
-    apart("z1", z1);
-    apart("z3", z3);
-    apart("u", u);
-    apart("v", v);
-    apart("B1", B1);
-    apart("B3", B3);
-    apart("A2", A2);
-    apart("gate ids", gate.ids);
-    apart("gate id_weights", gate.id_weights);
   }
 };
 
@@ -220,36 +240,20 @@ struct MixExpertsBackward {
   Into parameters = Into::add;
 
   void check() const {
-    detail::check_chosen(name, gate, z1.rows, z1.cols);
-    check::view(name, "z1", z1);
-    check::view(name, "u", u);
-    check::same(name, "u", "rows", u.rows, "the number of tokens of z1", z1.rows);
-    const auto like_z = [&](const char* what, auto view) {
-      check::shape(name, what, view, "the number of tokens", z1.rows, "the ranks of z1", z1.cols);
-    };
-    const auto like_u = [&](const char* what, auto view) {
-      check::shape(name, what, view, "the number of tokens", z1.rows, "the columns of u", u.cols);
-    };
-    const auto like_B = [&](const char* what, auto view) {
-      check::shape(name, what, view, "the columns of u", u.cols, "the ranks of z1", z1.cols);
-    };
-    like_z("z3", z3);
-    like_u("v", v);
-    like_B("B1", B1);
-    like_B("B3", B3);
-    check::shape(name, "A2", A2, "the ranks of z1", z1.cols, "the columns of u", u.cols);
-    like_u("dhbar", dhbar);
-    like_z("dz2", dz2);
-    like_u("du", du);
-    like_u("dv", dv);
-    like_z("dz1", dz1);
-    like_z("dz3", dz3);
+    const detail::MixShapes<MixExpertsBackward> shapes{*this};
+    shapes.read();
+    shapes.like_u("dhbar", dhbar);
+    shapes.like_z("dz2", dz2);
+    shapes.like_u("du", du);
+    shapes.like_u("dv", dv);
+    shapes.like_z("dz1", dz1);
+    shapes.like_z("dz3", dz3);
     if (dweights.data != nullptr) {
       check::shape(name, "dweights", dweights, "the rows of ids", gate.ids.rows, "the columns of ids", gate.ids.cols);
     }
-    if (dB1.data != nullptr) like_B("dB1", dB1);
-    if (dB3.data != nullptr) like_B("dB3", dB3);
-    if (dA2.data != nullptr) check::shape(name, "dA2", dA2, "the ranks of z1", z1.cols, "the columns of u", u.cols);
+    if (dB1.data != nullptr) shapes.like_B("dB1", dB1);
+    if (dB3.data != nullptr) shapes.like_B("dB3", dB3);
+    if (dA2.data != nullptr) shapes.like_A2("dA2", dA2);
     written("du", du, 0);
     written("dv", dv, 1);
     written("dz1", dz1, 2);
@@ -263,20 +267,11 @@ struct MixExpertsBackward {
  private:
   template <class View>
   void written(const char* what, View view, int place) const {
-    const auto apart = [&](const char* other, auto read) { check::disjoint(name, what, view, other, read); };
-    apart("z1", z1);
-    apart("z3", z3);
-    apart("u", u);
-    apart("v", v);
-    apart("B1", B1);
-    apart("B3", B3);
-    apart("A2", A2);
-    apart("gate ids", gate.ids);
-    apart("gate id_weights", gate.id_weights);
-    apart("dhbar", dhbar);
-    apart("dz2", dz2);
+    detail::MixShapes<MixExpertsBackward>{*this}.written(what, view);
+    check::disjoint(name, what, view, "dhbar", dhbar);
+    check::disjoint(name, what, view, "dz2", dz2);
     const auto later = [&](const char* other, auto output, int its_place) {
-      if (place < its_place) apart(other, output);
+      if (place < its_place) check::disjoint(name, what, view, other, output);
     };
     later("dv", dv, 1);
     later("dz1", dz1, 2);
