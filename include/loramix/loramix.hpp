@@ -2,7 +2,9 @@
 /// one backend: <loramix/cpu/cpu.hpp> or <loramix/gpu/gpu.cuh>.
 #pragma once
 #include <loramix/adapter/ada_lora.hpp>
+#include <loramix/adapter/average_merge.hpp>
 #include <loramix/adapter/by_task.hpp>
+#include <loramix/adapter/combine.hpp>
 #include <loramix/adapter/domains.hpp>
 #include <loramix/adapter/dora.hpp>
 #include <loramix/adapter/dora_forward.hpp>
@@ -43,6 +45,7 @@
 #include <loramix/gate/softmax.hpp>
 #include <loramix/ops/losses.hpp>
 #include <loramix/ops/plan.hpp>
+#include <loramix/ops/svd.hpp>
 #include <loramix/ops/telemetry.hpp>
 #include <loramix/router/competition.hpp>
 #include <loramix/router/domain.hpp>

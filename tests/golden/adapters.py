@@ -110,7 +110,7 @@ def competition(p, kind="mlp", form="learned"):
 
 
 def moe_lora(p, xh, s, tasks, shared_A=False):
-    g = softmax(p["lora_task_embedding.weight"] @ p["lora_gate.weight"].T, dim=1)
+    g = softmax(p["task_embedding.weight"] @ p["moe_gate.weight"].T, dim=1)
     return mixture(p, xh, s, g[tasks], shared_A)
 
 
@@ -153,7 +153,7 @@ def ranks_of(p):
 
 def moa(p, xh, s, sequences, valid, labels, eta, last=False, multiplier=False):
     """ΔY with the label's expert (label −1: the argmax, gate 1), and the routing CE with its weight."""
-    A, B, W, b = p["lora_A.weight"], p["lora_B.weight"], p["moa_router.weight"], p["moa_router.bias"]
+    A, B, W, b = p["lora_A.weight"], p["lora_B.weight"], p["moe_gate.weight"], p["moe_gate.bias"]
     E = W.shape[0]
     r = A.shape[0] // E
     y, losses = [None] * xh.shape[0], []

@@ -131,8 +131,8 @@ def moe_lora():
     t, tasks = table("moe_lora"), [0, 2, 1, 1, 0]  # task 3 has no token
     x, dy, mask = batch(t)
     t.add("tasks", tasks)
-    p = t.leaves(lora_B__weight=inputs("moelora B", O, E * R), lora_task_embedding__weight=inputs("moelora e", 4, 5),
-                 lora_gate__weight=inputs("moelora gate", E, 5))
+    p = t.leaves(lora_B__weight=inputs("moelora B", O, E * R), task_embedding__weight=inputs("moelora e", 4, 5),
+                 moe_gate__weight=inputs("moelora gate", E, 5))
     p["x"] = x
     own = {"lora_A.weight": t.add("own.lora_A.weight", inputs("moelora A", E * R, D))}
     one = {"lora_A.weight": t.add("shared.lora_A.weight", inputs("moelora A1", R, D))}
@@ -163,7 +163,7 @@ def moa():
     valid = t.add("valid", [1, 1, 0, 1, 1, 0, 1]).tolist()
     labels = t.add("labels", [2, -1, 0]).tolist()
     p = t.leaves(lora_A__weight=inputs("moa A", E * R, D), lora_B__weight=inputs("moa B", O, E * R),
-                 moa_router__weight=inputs("moa gate", E, D), moa_router__bias=inputs("moa bias", 1, E))
+                 moe_gate__weight=inputs("moa gate", E, D), moe_gate__bias=inputs("moa bias", 1, E))
     p["x"] = x
 
     def with_ce(variant, **options):

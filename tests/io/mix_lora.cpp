@@ -36,8 +36,8 @@ TEST_CASE("MixLoRA: save and load keep config and every parameter") {
   REQUIRE(back.parameters().size == flat.size);
   CHECK(std::memcmp(back.parameters().data, flat.data, static_cast<std::size_t>(flat.size) * sizeof(float)) == 0);
   const std::string bytes = loramix_test::get(folder / "mix");
-  for (const char* name : {"layers.0.mlp.gate_proj.lora_A.weight", "layers.0.mlp.down_proj.lora_B.weight",
-                           "layers.0.mlp.moe_gate.weight"}) {
+  for (const char* name : {"layers.0.mlp.gate_proj.experts.0.lora_A.weight",
+                           "layers.0.mlp.down_proj.experts.2.lora_B.weight", "layers.0.mlp.moe_gate.weight"}) {
     CHECK_MESSAGE(loramix_test::has(bytes, name), name);
   }
 }

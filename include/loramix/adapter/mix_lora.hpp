@@ -108,6 +108,10 @@ class MixLora {
     f("down_proj.lora_B.weight", self.B2(), group::B);
     f("moe_gate.weight", self.side(), group::router);
   }
+  /// Files hold the A and B of every expert apart.
+  Index tensors(ParameterGroup role) const {
+    return role.name == group::A.name || role.name == group::B.name ? config_.experts : 0;
+  }
   template <class Fill>
   void start(Fill& fill) {
     visit(*this, [&](const char* name, auto view, ParameterGroup role) {

@@ -8,7 +8,8 @@
 ///                gate<W, Score, S>(config, views)     a computed gate of them; W is const in an adapter's own gate
 ///                start_router(fill, config, views)    their starting values
 ///                check(config)                        (optional) what it refuses
-/// Parameters:  lora_A.weight [E·r or r, d_in], lora_B.weight [d_out, E·r] and the router's, without those of no values.
+/// Parameters:  lora_A.weight [E·r or r, d_in], lora_B.weight [d_out, E·r] and the router's, without those of no values; in
+///              files experts.{e}.lora_A.weight [r, d_in], experts.{e}.lora_B.weight [d_out, r].
 /// Errors:      sizes below 0, no expert, dropout outside [0, 1); what the method and the gate's check() refuse; from():
 ///              LoRAs that differ in shape, rank or scale.
 /// Cost:        LoRA of rank E·r (one shrink of r rows where A is shared) plus the router's rows.
@@ -130,6 +131,11 @@ class Mixture {
     for (std::size_t i = 0; i < parts; ++i) {
       if (views[i].rows != 0 && views[i].cols != 0) f(router[i].name, views[i], router[i].role);
     }
+  }
+  /// Files hold the A and B of every expert apart.
+  Index tensors(ParameterGroup role) const {
+    const bool split = role.name == group::B.name || (role.name == group::A.name && !Method::shared_A);
+    return split ? config_.experts : 0;
   }
   template <class Fill>
   void start(Fill& fill) {

@@ -3,8 +3,8 @@
 /// Computes:    ΔY of a token of sequence b = s (X̂ A_cᵀ) B_cᵀ, c its label, else its argmax (router/domain.hpp);
 ///              s = α/r of one expert. The routing loss: cross-entropy of the sequences' logits with the labels.
 /// Source:      Mixture-of-LoRAs, Feng et al. 2024 (arXiv 2403.03432); ours: mean pooling, ties, starting values.
-/// Parameters:  lora_A.weight [E·r, d_in], lora_B.weight [d_out, E·r], moa_router.weight [E, d_in],
-///              moa_router.bias [1, E]. `places` ≥ E are allocated: domains added within them change no shape,
+/// Parameters:  lora_A.weight [E·r, d_in], lora_B.weight [d_out, E·r], moe_gate.weight [E, d_in],
+///              moe_gate.bias [1, E]. `places` ≥ E are allocated: domains added within them change no shape,
 ///              so no bit (adapter/domains.hpp). One router serves all matrices of a block: the others have
 ///              router = false and get its decisions as labels.
 /// Errors:      sizes below 0, no expert, dropout outside [0, 1); what router/domain.hpp refuses; LoRAs that
@@ -57,8 +57,8 @@ struct MoaMethod {
 
   static std::array<RouterParameter, 2> router(const Config& c) {
     const Index rows = c.router ? c.experts : 0, room = c.router_rows();
-    return {{{"moa_router.weight", rows, c.d_in, group::router, detail::size_of(room, c.d_in)},
-             {"moa_router.bias", 1, rows, group::bias, room}}};
+    return {{{"moe_gate.weight", rows, c.d_in, group::router, detail::size_of(room, c.d_in)},
+             {"moe_gate.bias", 1, rows, group::bias, room}}};
   }
   template <class W, class Score, Space S, class Views>
   static DomainGate<W, Score, S> gate(const Config& c, const Views& views) {
@@ -68,7 +68,7 @@ struct MoaMethod {
   }
   template <class Fill, class Views>
   static void start_router(Fill& fill, const Config& config, const Views& views) {
-    fill.uniform("moa_router.weight", views[0], 1 / std::sqrt(static_cast<double>(config.d_in)));
+    fill.uniform("moe_gate.weight", views[0], 1 / std::sqrt(static_cast<double>(config.d_in)));
     fill.zero(views[1]);
   }
 };

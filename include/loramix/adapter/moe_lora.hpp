@@ -5,8 +5,8 @@
 ///              (hydra_by_task in adapter/hydra_lora.hpp makes its configuration).
 /// Source:      MOELoRA, Liu et al. 2023 (arXiv 2310.18339): A ~ N(0, 0.01²), embeddings N(0, 1) of 64 values. With
 ///              shared_A, which is ours, A starts as HydraLoRA's.
-/// Parameters:  lora_A.weight [r or r/E, d_in], lora_B.weight [d_out, r], lora_task_embedding.weight [tasks, dim],
-///              lora_gate.weight [E, dim].
+/// Parameters:  lora_A.weight [r or r/E, d_in], lora_B.weight [d_out, r], task_embedding.weight [tasks, dim],
+///              moe_gate.weight [E, dim].
 /// Errors:      sizes below 0, no task, no expert, a rank that E does not divide, dropout outside [0, 1); a batch
 ///              without tasks.
 /// Cost:        LoRA of rank r, and a few operations per task.
@@ -91,8 +91,13 @@ class MoeLora {
     const auto scorer = self.gate().scorer;
     f("lora_A.weight", self.A(), group::A);
     f("lora_B.weight", self.B(), group::B);
-    f("lora_task_embedding.weight", scorer.embedding, group::embedding);
-    f("lora_gate.weight", scorer.projection, group::router);
+    f("task_embedding.weight", scorer.embedding, group::embedding);
+    f("moe_gate.weight", scorer.projection, group::router);
+  }
+  /// Files hold the A and B of every expert apart.
+  Index tensors(ParameterGroup role) const {
+    const bool split = role.name == group::B.name || (role.name == group::A.name && !config_.shared_A);
+    return split ? config_.experts : 0;
   }
   template <class Fill>
   void start(Fill& fill) {
@@ -102,8 +107,8 @@ class MoeLora {
     else
       fill.normal("lora_A.weight", A(), 0.01 * 0.01);
     fill.zero(B());
-    fill.normal("lora_task_embedding.weight", scorer.embedding, 1);
-    fill.uniform("lora_gate.weight", scorer.projection, 1 / std::sqrt(static_cast<double>(config_.embedding)));
+    fill.normal("task_embedding.weight", scorer.embedding, 1);
+    fill.uniform("moe_gate.weight", scorer.projection, 1 / std::sqrt(static_cast<double>(config_.embedding)));
   }
 
  private:

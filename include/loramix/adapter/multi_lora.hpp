@@ -95,6 +95,10 @@ class MultiLora {
     f("lora_B.weight", self.B(), group::B);
     f("gamma", self.gamma(), group::scale);
   }
+  /// Files hold the A and B of every expert apart.
+  Index tensors(ParameterGroup role) const {
+    return role.name == group::A.name || role.name == group::B.name ? config_.experts : 0;
+  }
   template <class Fill>
   void start(Fill& fill) {
     fill.uniform("lora_A.weight", A(), 1 / std::sqrt(static_cast<double>(config_.d_in)));

@@ -9,6 +9,8 @@
 ///   visit(self, f)                f(name, matrix view, ParameterGroup) for every parameter
 ///   start(fill)                   how parameters begin (adapter/initialise.hpp)
 ///   cost(tokens)                  flop, bytes, parameters
+///   tensors(role)                 optional: how many experts share the rows of its A's, or the columns of its B's, each of
+///                                 which a file holds apart; 0: they are one
 ///
 /// A ProductAdapter is one gated product: A(), B(), scale(), dropout(), gate().
 ///

@@ -2,8 +2,10 @@
 ///
 /// Computes:    tensor "<module>.<parameter>" [rows, cols] for every parameter of visit, row-major (PEFT's order: a
 ///              rank-major B is transposed once), and in __metadata__ "loramix.version" and
-///              "loramix.adapter.<module>": {"kind": …, "config": {every field of Config::fields}}.
-/// Reads:       load(), load_into(), list(). Same dtype, or one that the element type holds exactly; others only with
+///              "loramix.adapter.<module>": {"kind": …, "config": {every field of Config::fields}}. Experts have tensors of
+///              their own: "<module>.experts.{e}.lora_A.weight" [r, d_in], "….lora_B.weight" [d_out, r], which are PEFT's
+///              names and orders of one LoRA, and MoE-PEFT's of a mixture.
+/// Reads:       load(), load_into(), list(); load_as() the same tensors from a file without our metadata. Same dtype, or one that the element type holds exactly; others only with
 ///              .narrow = true, rounded once.
 /// Writes:      save(), AdapterWriter::save(): io/safetensors.hpp. load_into() writes an adapter's parameters in place.
 /// Errors:      ErrorCode::file with the path, the module and every problem: another kind; missing, unknown or mistyped
@@ -215,7 +217,9 @@ void each_module(const Metadata& metadata, F&& f) {
   }
 }
 
-inline std::string tensor_name(const std::string& module, const char* parameter) { return module + "." + parameter; }
+inline std::string tensor_name(const std::string& module, const std::string& parameter) {
+  return module + "." + parameter;
+}
 
 /// Whether `tensor` stands below `module` and below no longer module's name.
 inline bool belongs(const Metadata& metadata, std::string_view tensor, std::string_view module) {
@@ -225,6 +229,34 @@ inline bool belongs(const Metadata& metadata, std::string_view tensor, std::stri
     if (metadata.contains(adapter_key + std::string(tensor.substr(0, dot)))) return false;
   }
   return true;
+}
+
+/// How many experts share a parameter's rows or columns in an adapter's files; 0: none.
+template <class A>
+Index experts_of(const A& adapter, ParameterGroup role) {
+  if constexpr (requires { adapter.tensors(role); })
+    return adapter.tensors(role);
+  else
+    return 0;
+}
+/// Calls f(name, view) for every tensor of a parameter: itself, or that of every expert.
+template <class View, class F>
+void each_tensor(const char* parameter, View view, ParameterGroup role, Index experts, F&& f) {
+  if (experts == 0) return f(std::string(parameter), view);
+  const std::string name = parameter;
+  const std::size_t place = name.rfind("lora_");
+  for (Index e = 0; e < experts; ++e) {
+    const std::string of_expert = name.substr(0, place) + "experts." + std::to_string(e) + "." + name.substr(place);
+    const Index rows = view.rows / experts, cols = view.cols / experts;
+    f(of_expert, role.name == group::A.name ? view.row_range(e * rows, rows) : view.col_range(e * cols, cols));
+  }
+}
+/// The same for every parameter of an adapter.
+template <class A, class F>
+void each_tensor(A& adapter, F&& f) {
+  std::remove_const_t<A>::visit(adapter, [&](const char* parameter, auto view, ParameterGroup role) {
+    each_tensor(parameter, view, role, experts_of(adapter, role), f);
+  });
 }
 
 // ---- loading -------------------------------------------------------------------------------------------------------
@@ -299,19 +331,27 @@ template <class T, class A>
 void check_tensors(const Safetensors& file, const std::string& module, const A& adapter, bool narrow,
                    Problems& problems) {
   std::vector<std::string> expected;
-  A::visit(adapter, [&](const char* parameter, auto view, ParameterGroup) {
+  const auto check = [&](const std::string& parameter, auto view) {
     const Tensor* const tensor = file.find(expected.emplace_back(tensor_name(module, parameter)));
     const std::vector<Index> shape{view.rows, view.cols};
-    if (tensor == nullptr) return problems.add("tensor " + std::string(parameter) + " is missing");
+    if (tensor == nullptr) return problems.add("tensor " + parameter + " is missing");
     if (tensor->shape != shape) {
-      problems.add("tensor " + std::string(parameter) + " has shape " + shown_shape(tensor->shape) +
-                   ", but its config says " + shown_shape(shape));
+      problems.add("tensor " + parameter + " has shape " + shown_shape(tensor->shape) + ", but its config says " +
+                   shown_shape(shape));
     }
     if (!is_real(tensor->dtype) || !(narrow || holds<T>(tensor->dtype))) {
-      problems.add("tensor " + std::string(parameter) + " is " + name_of(tensor->dtype) +
-                   ", but the adapter's elements are " + name_of(dtype_of<T>::value) +
-                   (is_real(tensor->dtype) ? " (.narrow = true rounds)" : ""));
+      problems.add("tensor " + parameter + " is " + name_of(tensor->dtype) + ", but the adapter's elements are " +
+                   name_of(dtype_of<T>::value) + (is_real(tensor->dtype) ? " (.narrow = true rounds)" : ""));
     }
+  };
+  A::visit(adapter, [&](const char* parameter, auto view, ParameterGroup role) {
+    const Index experts = experts_of(adapter, role);
+    if (experts != 0 && file.find(tensor_name(module, parameter)) != nullptr) {
+      expected.push_back(tensor_name(module, parameter));
+      return problems.add("tensor " + std::string(parameter) +
+                          " holds all experts, as files did before experts had tensors of their own: save it again");
+    }
+    each_tensor(parameter, view, role, experts, check);
   });
   for (const Tensor& tensor : file.tensors()) {
     if (!belongs(file.metadata(), tensor.name, module)) continue;
@@ -391,30 +431,47 @@ inline std::vector<Module> list(const Safetensors& file) {
 }
 inline std::vector<Module> list(const std::string& path) { return list(Safetensors(path)); }
 
-/// The adapter `module` of an open file, whole or not at all.
+/// The tensors of `module` in an open file as an adapter of `config`, whole or not at all; nothing is asked of the file's
+/// metadata. MoE-PEFT's LORAMOE, MOLA and MIXLORA and one LoRA of PEFT have these names, once they are safetensors:
+///
+///     load_as<Mola<float>>(file, "mola.layers.0.self_attn.q_proj", config)
+///     load_as<MixLora<float>>(file, "mixlora.layers.0.mlp", config)
+///     load_as<Lora<float>>(file, "base_model.model.model.layers.0.self_attn.q_proj", config)
 template <Adapter A>
-A load(const Safetensors& file, const std::string& module, LoadOptions options = {}) {
+A load_as(const Safetensors& file, const std::string& module, const typename A::Config& config,
+          LoadOptions options = {}) {
   detail::check_loadable<A>();
   using T = typename A::element;
   using Outline = typename A::template rebind<detail::NoElement, Space::host>;
-  const detail::Entry entry = detail::find_entry(file, module, A::kind);
-  const typename A::Config config = detail::read_config<A>(file.path(), module, entry.config);
   detail::Problems problems;
   detail::check_tensors<T>(file, module, Outline(config), options.narrow, problems);
   problems.fail_if_any(file.path(), module);
 
   A adapter(config);
-  A::visit(adapter, [&](const char* parameter, auto view, ParameterGroup) {
+  detail::each_tensor(adapter, [&](const std::string& parameter, auto view) {
     const Tensor& tensor = *file.find(detail::tensor_name(module, parameter));
     detail::copy_in(tensor.dtype, file.read(tensor), view);
     const std::string at = options.check_finite ? detail::first_not_finite(view) : std::string();
     if (!at.empty()) {
-      problems.add("tensor " + std::string(parameter) + " is not finite at " + at +
+      problems.add("tensor " + parameter + " is not finite at " + at +
                    (detail::holds<T>(tensor.dtype) ? "" : ", rounded from " + std::string(name_of(tensor.dtype))));
     }
   });
   problems.fail_if_any(file.path(), module);
   return adapter;
+}
+template <Adapter A>
+A load_as(const std::string& path, const std::string& module, const typename A::Config& config,
+          LoadOptions options = {}) {
+  return load_as<A>(Safetensors(path), module, config, options);
+}
+
+/// The adapter `module` of an open file, whole or not at all.
+template <Adapter A>
+A load(const Safetensors& file, const std::string& module, LoadOptions options = {}) {
+  detail::check_loadable<A>();
+  const detail::Entry entry = detail::find_entry(file, module, A::kind);
+  return load_as<A>(file, module, detail::read_config<A>(file.path(), module, entry.config), options);
 }
 template <Adapter A>
 A load(const std::string& path, const std::string& module, LoadOptions options = {}) {
@@ -458,7 +515,7 @@ class AdapterWriter {
       fail(check::detail::about(ErrorCode::value, "io::save", "module")
            << " " << detail::shown(module).c_str() << " is there already");
     }
-    A::visit(adapter, [&](const char* parameter, auto view, ParameterGroup) {
+    detail::each_tensor(adapter, [&](const std::string& parameter, auto view) {
       parameters_.push_back({detail::tensor_name(module, parameter),
                              detail::dtype_of<typename A::element>::value,
                              {view.rows, view.cols},
