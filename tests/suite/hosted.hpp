@@ -121,21 +121,33 @@ class Hosted final : public Subject<typename A::element> {
   void hold(View y, const Told& told) const override;
 
   Index forward_packed(Const x, View y, const Told& told, const Call& call) override {
-    const SuiteBackend be = suite_backend(call.threads);
-    const auto packed = lm::prepack(be, adapter_);
-    packed.require_current(adapter_);
-    const Index bytes = layer_.workspace_bytes(be, packed.values(), x.rows);
-    lm::Buffer<std::byte> work(bytes);
-    layer_.forward(be, packed.values(), x, y, {work.data(), bytes}, told_options(adapter_, told, call));
-    return bytes;
+    if constexpr (requires { requires !A::has_pack; }) {
+      return -1;
+    } else {
+      const SuiteBackend be = suite_backend(call.threads);
+      const auto packed = [&] {
+        if constexpr (lm::DoraAdapter<A>)
+          return lm::prepack(be, adapter_, layer_.base());
+        else
+          return lm::prepack(be, adapter_);
+      }();
+      packed.require_current(adapter_);
+      const Index bytes = layer_.workspace_bytes(be, packed.values(), x.rows);
+      lm::Buffer<std::byte> memory(bytes);
+      const lm::Arena<> work{memory.data(), bytes};
+      const auto options = told_options(adapter_, told, call);
+      if constexpr (lm::DoraAdapter<A>)
+        lm::forward(be, packed, layer_.base(), x, y, work, options);
+      else if constexpr (lm::MixLoraAdapter<A>)  // its stages' packs are in tests/adapter/packs.cpp
+        layer_.forward(be, packed.values(), x, y, work, options);
+      else
+        lm::forward(be, packed, x, y, work, options);
+      return bytes;
+    }
   }
   bool explained(Index tokens, std::FILE* to) const override {
-    if constexpr (!lm::MixLoraAdapter<A>) {
-      lm::print(lm::explain(suite_backend(1), adapter_, tokens), to);
-      return true;
-    } else {
-      return false;
-    }
+    lm::print(lm::explain(suite_backend(1), adapter_, tokens), to);
+    return true;
   }
 
  private:

@@ -81,6 +81,7 @@ TEST_CASE("suite: a pack gives the same bits, in no more memory") {
       Y y = trial.new_y(), packed = trial.new_y();
       trial.forward(y, trial.call());
       const Index bytes = trial.subject->forward_packed(trial.x, packed, trial.told, trial.call());
+      if (bytes < 0) continue;
       CHECK(same_bits(y, packed));
       CHECK(bytes <= trial.subject->workspace_bytes(tokens, lm::Pass::forward, 1));
     }

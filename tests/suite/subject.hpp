@@ -111,7 +111,7 @@ class Subject {
   virtual void remember(const Told& told) = 0;
   virtual void hold(View y, const Told& told) const = 0;
 
-  /// The same call on a pack made for it; returns the bytes of workspace that it asked for.
+  /// The same call on a pack made for it; returns the bytes of workspace that it asked for, or −1 where there is no pack.
   virtual Index forward_packed(Const x, View y, const Told& told, const Call& call) = 0;
   /// explain(), printed; false where there is none.
   virtual bool explained(Index tokens, std::FILE* to) const = 0;
