@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstring>
+#include <functional>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -23,11 +24,6 @@ namespace {
 
 constexpr Index huge = Index{1} << 62;
 constexpr Index T = 5, d_in = 11, d_out = 9, R = 6, side_rows = 3, E = 3;
-
-template <class V>
-Index extent(V v) {  // elements from the first to the last
-  return V::major == Major::row ? (v.rows - 1) * v.stride + v.cols : (v.cols - 1) * v.stride + v.rows;
-}
 
 /// All arguments lie in one block of memory, far enough apart that an aliased view meets one other view only.
 class World {
@@ -63,9 +59,9 @@ struct Case {
   void make_scratch() { scratch.resize(static_cast<std::size_t>(Arena<>::with_alignment(lm::scratch_bytes(be, op)))); }
   void run(const Op& it) { lm::execute(be, it, Arena<>{scratch}); }
 
-  /// `change` makes the op bad: the error must have this code and name these parts, and no byte may change.
-  template <class F>
-  void refuses(ErrorCode code, std::initializer_list<std::string> parts, F&& change) {
+  /// `change` makes the op bad: the error must have this code and name these parts, and no byte may change. Compiled once
+  /// per op, not once per change.
+  void refuses(ErrorCode code, std::initializer_list<std::string> parts, const std::function<void(Op&)>& change) {
     Op bad = op;
     change(bad);
     const lm::Buffer<float> before = world.snapshot();
@@ -138,126 +134,124 @@ Case<ExpandBackward<M>> expand_backward() {
   return c;
 }
 
-/// An argument: its name in messages, its place in the op, and whether a null address means "not wanted".
-template <class Get>
-struct Argument {
-  const char* name;
-  Get get;
-  bool optional = false;
-};
-template <class Get>
-Argument(const char*, Get) -> Argument<Get>;
-template <class Get>
-Argument(const char*, Get, bool) -> Argument<Get>;
+/// A view of an op, whatever its type.
+struct ViewRef {
+  const float** data;
+  Index *rows, *cols, *stride;
+  Major major;
 
-#define LORAMIX_ARGUMENT(name, member, ...)           \
-  Argument {                                          \
-    name, [](auto& op) -> auto& { return op.member; } \
-    __VA_OPT__(, ) __VA_ARGS__                        \
+  Index extent() const {  // elements from the first to the last
+    const bool by_row = major == Major::row;
+    return ((by_row ? *rows : *cols) - 1) * *stride + (by_row ? *cols : *rows);
   }
-
-template <class F>
-void for_each(F&&) {}
-template <class F, class First, class... Rest>
-void for_each(F&& f, First first, Rest... rest) {
-  f(first);
-  for_each(f, rest...);
+};
+template <class V>
+ViewRef ref(V& view) {
+  return {const_cast<const float**>(&view.data), &view.rows, &view.cols, &view.stride, V::major};
 }
 
-const auto shrink_read = [](auto f) {
-  for_each(f, LORAMIX_ARGUMENT("A", A), LORAMIX_ARGUMENT("side", side), LORAMIX_ARGUMENT("x", x));
+/// An argument: its name in messages, its place in the op, and whether a null address means "not wanted".
+template <class Op>
+struct Argument {
+  const char* name;
+  ViewRef (*get)(Op&);
+  bool optional = false;
 };
-const auto shrink_written = [](auto f) { for_each(f, LORAMIX_ARGUMENT("u", u), LORAMIX_ARGUMENT("h", h)); };
-const auto shrink_backward_read = [](auto f) {
-  for_each(f, LORAMIX_ARGUMENT("A", A), LORAMIX_ARGUMENT("side", side), LORAMIX_ARGUMENT("x", x),
-           LORAMIX_ARGUMENT("du", du), LORAMIX_ARGUMENT("dh", dh));
-};
-const auto shrink_backward_written = [](auto f) {
-  for_each(f, LORAMIX_ARGUMENT("dA", dA, true), LORAMIX_ARGUMENT("dside", dside, true),
-           LORAMIX_ARGUMENT("dx", dx, true));
-};
-const auto expand_read = [](auto f) {
-  for_each(f, LORAMIX_ARGUMENT("u", u), LORAMIX_ARGUMENT("B", B), LORAMIX_ARGUMENT("gate weights", gate.weights, true));
-};
-const auto expand_written = [](auto f) { for_each(f, LORAMIX_ARGUMENT("y", y)); };
-const auto expand_backward_read = [](auto f) {
-  for_each(f, LORAMIX_ARGUMENT("u", u), LORAMIX_ARGUMENT("B", B), LORAMIX_ARGUMENT("gate weights", gate.weights, true),
-           LORAMIX_ARGUMENT("dy", dy));
-};
-const auto expand_backward_written = [](auto f) {
-  for_each(f, LORAMIX_ARGUMENT("du", du), LORAMIX_ARGUMENT("dB", dB, true),
-           LORAMIX_ARGUMENT("gate gradient weights", dgate.weights, true));
-};
+template <class Op>
+using Arguments = std::vector<Argument<Op>>;
+
+#define LORAMIX_ARGUMENT(name, member, ...)                      \
+  {                                                              \
+    name, [](auto& op) { return ref(op.member); }, ##__VA_ARGS__ \
+  }
+
+const Arguments<Shrink> shrink_read{LORAMIX_ARGUMENT("A", A), LORAMIX_ARGUMENT("side", side), LORAMIX_ARGUMENT("x", x)};
+const Arguments<Shrink> shrink_written{LORAMIX_ARGUMENT("u", u), LORAMIX_ARGUMENT("h", h)};
+const Arguments<ShrinkBackward> shrink_backward_read{LORAMIX_ARGUMENT("A", A), LORAMIX_ARGUMENT("side", side),
+                                                     LORAMIX_ARGUMENT("x", x), LORAMIX_ARGUMENT("du", du),
+                                                     LORAMIX_ARGUMENT("dh", dh)};
+const Arguments<ShrinkBackward> shrink_backward_written{
+    LORAMIX_ARGUMENT("dA", dA, true), LORAMIX_ARGUMENT("dside", dside, true), LORAMIX_ARGUMENT("dx", dx, true)};
+template <Major M>
+const Arguments<Expand<M>> expand_read{LORAMIX_ARGUMENT("u", u), LORAMIX_ARGUMENT("B", B),
+                                       LORAMIX_ARGUMENT("gate weights", gate.weights, true)};
+template <Major M>
+const Arguments<Expand<M>> expand_written{LORAMIX_ARGUMENT("y", y)};
+template <Major M>
+const Arguments<ExpandBackward<M>> expand_backward_read{LORAMIX_ARGUMENT("u", u), LORAMIX_ARGUMENT("B", B),
+                                                        LORAMIX_ARGUMENT("gate weights", gate.weights, true),
+                                                        LORAMIX_ARGUMENT("dy", dy)};
+template <Major M>
+const Arguments<ExpandBackward<M>> expand_backward_written{
+    LORAMIX_ARGUMENT("du", du), LORAMIX_ARGUMENT("dB", dB, true),
+    LORAMIX_ARGUMENT("gate gradient weights", dgate.weights, true)};
 
 // ---- what is asked of each -----------------------------------------------------------------------------------------
 
-template <class C, class A>
-void refuses_bad_views(C& c, A argument) {
+template <class Op>
+void refuses_bad_views(Case<Op>& c, const Argument<Op>& argument) {
   const auto get = argument.get;
-  const std::string name = argument.name, op = std::string("loramix: ") + decltype(c.op)::name + ": ";
+  const std::string name = argument.name, op = std::string("loramix: ") + Op::name + ": ";
   CAPTURE(name);
-  auto good = get(c.op);
-  constexpr bool by_row = decltype(good)::major == Major::row;
+  const ViewRef good = get(c.op);
+  const Index rows = *good.rows, cols = *good.cols;
+  const bool by_row = good.major == Major::row;
   for (const Index off : {-1, 1}) {
-    c.refuses(ErrorCode::shape, {op, std::to_string(good.rows), std::to_string(good.rows + off)},
-              [&](auto& o) { get(o).rows += off; });
-    c.refuses(ErrorCode::shape, {op, std::to_string(good.cols), std::to_string(good.cols + off)},
-              [&](auto& o) { get(o).cols += off; });
+    c.refuses(ErrorCode::shape, {op, std::to_string(rows), std::to_string(rows + off)},
+              [&](Op& o) { *get(o).rows += off; });
+    c.refuses(ErrorCode::shape, {op, std::to_string(cols), std::to_string(cols + off)},
+              [&](Op& o) { *get(o).cols += off; });
   }
-  c.refuses(ErrorCode::shape, {op + name, "[-1, "}, [&](auto& o) { get(o).rows = -1; });
-  c.refuses(ErrorCode::shape, {op + name, ", -1]"}, [&](auto& o) { get(o).cols = -1; });
-  const Index inner = by_row ? good.cols : good.rows;
+  c.refuses(ErrorCode::shape, {op + name, "[-1, "}, [&](Op& o) { *get(o).rows = -1; });
+  c.refuses(ErrorCode::shape, {op + name, ", -1]"}, [&](Op& o) { *get(o).cols = -1; });
+  const Index inner = by_row ? cols : rows;
   for (const Index stride : {inner - 1, Index{0}, -inner}) {
     c.refuses(ErrorCode::stride, {op + name, "stride " + std::to_string(stride), std::to_string(inner)},
-              [&](auto& o) { get(o).stride = stride; });
+              [&](Op& o) { *get(o).stride = stride; });
   }
   c.refuses(ErrorCode::overflow, {op + name, std::to_string(huge)},
-            [&](auto& o) { (by_row ? get(o).rows : get(o).cols) = huge; });
-  c.refuses(ErrorCode::overflow, {op + name, std::to_string(huge)}, [&](auto& o) {
-    (by_row ? get(o).cols : get(o).rows) = huge;
-    get(o).stride = huge;
+            [&](Op& o) { *(by_row ? get(o).rows : get(o).cols) = huge; });
+  c.refuses(ErrorCode::overflow, {op + name, std::to_string(huge)}, [&](Op& o) {
+    *(by_row ? get(o).cols : get(o).rows) = huge;
+    *get(o).stride = huge;
   });
-  c.refuses(ErrorCode::overflow, {op + name, std::to_string(huge)}, [&](auto& o) { get(o).stride = huge; });
+  c.refuses(ErrorCode::overflow, {op + name, std::to_string(huge)}, [&](Op& o) { *get(o).stride = huge; });
   if (!argument.optional) {
-    c.refuses(ErrorCode::null, {op + name, "[" + std::to_string(good.rows) + ", " + std::to_string(good.cols) + "]"},
-              [&](auto& o) { get(o).data = nullptr; });
+    c.refuses(ErrorCode::null, {op + name, "[" + std::to_string(rows) + ", " + std::to_string(cols) + "]"},
+              [&](Op& o) { *get(o).data = nullptr; });
   }
 }
 
-template <class To, class From>
-void put(To& view, From* at) {
-  view.data = const_cast<std::remove_const_t<From>*>(at);
-}
-
-template <class C, class A, class B>
-void refuses_alias(C& c, A written, B other) {
+template <class Op>
+void refuses_alias(Case<Op>& c, const Argument<Op>& written, const Argument<Op>& other) {
   const std::string w = written.name, r = other.name;
   CAPTURE(w);
   CAPTURE(r);
-  const Index to_last = extent(other.get(c.op)) - 1, own_last = extent(written.get(c.op)) - 1;
+  const Index to_last = other.get(c.op).extent() - 1, own_last = written.get(c.op).extent() - 1;
   for (const Index shift : {Index{0}, to_last, -own_last}) {  // the same begin, only its last element, only its first
-    c.refuses(ErrorCode::alias, {std::string("loramix: ") + decltype(c.op)::name + ": ", w + " [", r + " ["},
-              [&](auto& o) { put(written.get(o), other.get(o).data + shift); });
+    c.refuses(ErrorCode::alias, {std::string("loramix: ") + Op::name + ": ", w + " [", r + " ["},
+              [&](Op& o) { *written.get(o).data = *other.get(o).data + shift; });
   }
 }
 
-template <class C, class Read, class Written>
-void refuses_all_bad_views(C c, Read read, Written written) {
-  read([&](auto a) { refuses_bad_views(c, a); });
-  written([&](auto a) { refuses_bad_views(c, a); });
+template <class Op>
+void refuses_all_bad_views(Case<Op> c, const Arguments<Op>& read, const Arguments<Op>& written) {
+  for (const auto* all : {&read, &written}) {
+    for (const Argument<Op>& argument : *all) refuses_bad_views(c, argument);
+  }
   const lm::Buffer<float> before = c.world.snapshot();
   CHECK(!caught([&] { c.run(c.op); }).any);  // the good call is good, and would have written
   CHECK(!c.world.is(before));
 }
 
-template <class C, class Read, class Written>
-void refuses_all_aliases(C c, Read read, Written written) {
-  written([&](auto w) {
-    read([&](auto r) { refuses_alias(c, w, r); });
-    written([&](auto other) {
-      if (std::strcmp(w.name, other.name) != 0) refuses_alias(c, w, other);
-    });
-  });
+template <class Op>
+void refuses_all_aliases(Case<Op> c, const Arguments<Op>& read, const Arguments<Op>& written) {
+  for (const Argument<Op>& w : written) {
+    for (const Argument<Op>& r : read) refuses_alias(c, w, r);
+    for (const Argument<Op>& other : written) {
+      if (&other != &w) refuses_alias(c, w, other);
+    }
+  }
 }
 
 template <class C>
@@ -308,12 +302,14 @@ TEST_CASE("shrink_backward refuses bad views") {
   refuses_all_bad_views(shrink_backward(), shrink_backward_read, shrink_backward_written);
 }
 TEST_CASE("expand refuses bad views, B in both orders") {
-  refuses_all_bad_views(expand<Major::column>(), expand_read, expand_written);
-  refuses_all_bad_views(expand<Major::row>(), expand_read, expand_written);
+  refuses_all_bad_views(expand<Major::column>(), expand_read<Major::column>, expand_written<Major::column>);
+  refuses_all_bad_views(expand<Major::row>(), expand_read<Major::row>, expand_written<Major::row>);
 }
 TEST_CASE("expand_backward refuses bad views, B in both orders") {
-  refuses_all_bad_views(expand_backward<Major::column>(), expand_backward_read, expand_backward_written);
-  refuses_all_bad_views(expand_backward<Major::row>(), expand_backward_read, expand_backward_written);
+  refuses_all_bad_views(expand_backward<Major::column>(), expand_backward_read<Major::column>,
+                        expand_backward_written<Major::column>);
+  refuses_all_bad_views(expand_backward<Major::row>(), expand_backward_read<Major::row>,
+                        expand_backward_written<Major::row>);
 }
 
 TEST_CASE("shrink refuses aliases") { refuses_all_aliases(shrink(), shrink_read, shrink_written); }
@@ -321,12 +317,14 @@ TEST_CASE("shrink_backward refuses aliases") {
   refuses_all_aliases(shrink_backward(), shrink_backward_read, shrink_backward_written);
 }
 TEST_CASE("expand refuses aliases") {
-  refuses_all_aliases(expand<Major::column>(), expand_read, expand_written);
-  refuses_all_aliases(expand<Major::row>(), expand_read, expand_written);
+  refuses_all_aliases(expand<Major::column>(), expand_read<Major::column>, expand_written<Major::column>);
+  refuses_all_aliases(expand<Major::row>(), expand_read<Major::row>, expand_written<Major::row>);
 }
 TEST_CASE("expand_backward refuses aliases") {
-  refuses_all_aliases(expand_backward<Major::column>(), expand_backward_read, expand_backward_written);
-  refuses_all_aliases(expand_backward<Major::row>(), expand_backward_read, expand_backward_written);
+  refuses_all_aliases(expand_backward<Major::column>(), expand_backward_read<Major::column>,
+                      expand_backward_written<Major::column>);
+  refuses_all_aliases(expand_backward<Major::row>(), expand_backward_read<Major::row>,
+                      expand_backward_written<Major::row>);
 }
 
 TEST_CASE("outputs may not share memory with any slot of the gate") {
@@ -726,5 +724,6 @@ TEST_CASE("outputs that are not wanted stay away, and the others do not notice")
   }
   CHECK(wrong == 0);
   Case<ShrinkBackward> fresh = shrink_backward();
-  CHECK(std::memcmp(one.op.dA.data, fresh.op.dA.data, sizeof(float) * static_cast<std::size_t>(extent(op.A))) == 0);
+  CHECK(std::memcmp(one.op.dA.data, fresh.op.dA.data, sizeof(float) * static_cast<std::size_t>(ref(op.A).extent())) ==
+        0);
 }

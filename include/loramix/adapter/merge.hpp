@@ -6,7 +6,8 @@
 /// Reads:       A [R, d_in], B [d_out, R].
 /// Writes:      W [d_out, d_in] of any storage type, in place. The token keeps the bytes there were.
 /// Errors:      shape, null, alias; weights that are not finite (ErrorCode::value), a task there is not: before any
-///              write. A gate that depends on the token does not compile: no exact merge exists.
+///              write. A gate that depends on the token does not compile: no exact merge exists (adapter/average_merge.hpp
+///              has an inexact one).
 /// Cost:        2·R·d_in·d_out flop in double; the token holds a copy of W.
 /// Determinism: every element is one sum in rank order, whatever the threads.
 /// Example:     examples/demo
@@ -151,8 +152,9 @@ template <class Backend, ProductAdapter A, class T>
   requires(A::space == Space::host)
 Merged<T> merge(const Backend& be, const A& adapter, MatrixView<T> weights) {
   using Gate = decltype(adapter.gate());
-  static_assert(Gate::facts.token_invariant,
-                "loramix: this adapter's gate depends on the token: no exact merge exists");
+  static_assert(
+      Gate::facts.token_invariant,
+      "loramix: this adapter's gate depends on the token: no exact merge exists; merge_average says what one costs");
   static_assert((Gate::facts.slots & ~static_cast<unsigned>(Slots::rank_scale)) == 0,
                 "loramix: merge folds a gate's rank scale; this gate fills other slots of the normal form");
   detail::check_merge(adapter, weights);
@@ -180,7 +182,8 @@ Merged<T> merge(const Backend& be, const A& adapter, MatrixView<T> weights, Merg
   const Index tasks = adapter.gate().tasks();
   if (tasks == 0) {
     fail(check::detail::about(ErrorCode::value, "merge", "task")
-         << " is given, but this adapter's gate depends on the token: no exact merge exists");
+         << " is given, but this adapter's gate depends on the token: no exact merge exists; merge_average says what "
+            "one costs");
   }
   if (options.task < 0 || options.task >= tasks) {
     fail(check::detail::about(ErrorCode::value, "merge", "task")
