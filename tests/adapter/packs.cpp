@@ -44,8 +44,7 @@ using bf16 = lm::bfloat16;
 using mixed_types = lm::Precision<float, bf16>;
 
 TEST_CASE_TEMPLATE("a reparametrised adapter's pack holds B' and gives the same bits", A, lm::MosLora<float>,
-                   lm::MosLora<bf16>, lm::MosLora<lm::half>, lm::MosLora<double>, lm::MosLora<mixed_types>,
-                   lm::MultiLora<float>, lm::MultiLora<bf16>, lm::MultiLora<double>, lm::MultiLora<mixed_types>) {
+                   lm::MosLora<bf16>, lm::MosLora<mixed_types>, lm::MultiLora<double>, lm::MultiLora<lm::half>) {
   for (const Index tokens : {Index{1}, T, Index{70}}) {
     Batch<A> b(config<A>(0.5), tokens);
     // [pack]
@@ -67,8 +66,7 @@ TEST_CASE_TEMPLATE("a reparametrised adapter's pack holds B' and gives the same 
   }
 }
 
-TEST_CASE_TEMPLATE("DoRA's pack holds m/n for its layer and gives the same bits", P, float, double, bf16, lm::half,
-                   mixed_types) {
+TEST_CASE_TEMPLATE("DoRA's pack holds m/n for its layer and gives the same bits", P, float, bf16, mixed_types) {
   using A = lm::Dora<P>;
   using X = typename A::precision::activation;
   using Acc = typename A::precision::accumulation;
@@ -107,7 +105,7 @@ TEST_CASE_TEMPLATE("DoRA's pack holds m/n for its layer and gives the same bits"
   }
 }
 
-TEST_CASE_TEMPLATE("a MixLoRA block's pack goes through the same stages", P, float, double, bf16) {
+TEST_CASE_TEMPLATE("a MixLoRA block's pack goes through the same stages", P, double, bf16) {
   using A = lm::MixLora<P>;
   using X = typename A::precision::activation;
   const lm::cpu::Backend<> be;
