@@ -156,7 +156,7 @@ TEST_CASE("golden: prompt tuning, MATH and PEFT") {
     CAPTURE(variant);
     const Index rows = tokens + 4;
     lm::Matrix<double> y(rows, 7), dx(tokens, 7);
-    std::vector<std::byte> work(1 << 14), memory(64);
+    std::vector<std::byte> work(1 << 14), memory(static_cast<std::size_t>(lm::reserve_bytes(prompt, tokens)));
     lm::Arena<> reserve{memory};
     auto saved = lm::forward(be, prompt, x.view().row_range(0, tokens), y.view(), lm::Arena<>{work},
                              {.save = &reserve, .sequences = lm::Groups<>::by_segment(offsets.data(), 2)});
