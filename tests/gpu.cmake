@@ -5,8 +5,12 @@ if(NOT LORAMIX_CUDA OR NOT sources)
   return()
 endif()
 
-add_executable(test_gpu ${sources})
-target_link_libraries(test_gpu PRIVATE loramix_test_main loramix_test_support loramix::gpu loramix::cpu)
+# The adapters of the suite: on the device here, on the host in suite.cmake's parts, there also as Tracked.
+loramix_parts(parts device_parts gpu/suite_part.cu.in)
+loramix_parts(tracked_parts suite_parts suite/part.cpp.in Tracked)
+add_executable(test_gpu ${sources} ${parts} ${tracked_parts})
+target_link_libraries(test_gpu PRIVATE loramix_test_main loramix_test_support loramix_suite_float loramix_adapters loramix::gpu
+  loramix::cpu)
 target_compile_options(test_gpu PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-lineinfo>)
 # RUNPATH, not RPATH: the emulator's libraries must be able to stand in front of the toolkit's.
 target_link_options(test_gpu PRIVATE -Wl,--enable-new-dtags)

@@ -15,27 +15,29 @@ struct List {
   static constexpr std::size_t size = sizeof...(A);
 };
 
-// P: a scalar, or an lm::Precision.
+// P: a scalar, or an lm::Precision. In the order of MATH.md section 4.
+// clang-format off
 template <class P>
-using All = List<      // a line each, in the order of MATH.md section 4
-    lm::Lora<P>,       // LoRA and rsLoRA
-    lm::FusedLora<P>,  // LoRA on slices of one projection
-    lm::Dora<P>,       // DoRA
-    lm::LoraMoe<P>,    // LoRAMoE
-    lm::MoeLora<P>,    // MOELoRA
-    lm::HydraLora<P>,  // HydraLoRA
-    lm::TeamLora<P>,   // TeamLoRA
-    lm::MixLora<P>,    // MixLoRA's block
-    lm::Mola<P>,       // MoLA
-    lm::Moa<P>,        // MoA
-    lm::More<P>,       // MoRE
-    lm::AdaLora<P>,    // AdaLoRA
-    lm::MosLora<P>,    // MoSLoRA
-    lm::MultiLora<P>,  // MultiLoRA
-    lm::Ia3<P>,        // IA3
-    lm::Prompt<P>,     // prompt tuning
-    lm::Served<P>      // many LoRAs at once
-    >;
+using All = List<
+    lm::Lora<P>,
+    lm::FusedLora<P>,
+    lm::Dora<P>,
+    lm::LoraMoe<P>,
+    lm::MoeLora<P>,
+    lm::HydraLora<P>,
+    lm::TeamLora<P>,
+    lm::MixLora<P>,
+    lm::Mola<P>,
+    lm::Moa<P>,
+    lm::More<P>,
+    lm::AdaLora<P>,
+    lm::MosLora<P>,
+    lm::MultiLora<P>,
+    lm::Ia3<P>,
+    lm::Prompt<P>,
+    tanh_mixture::TanhMixture<P>,
+    lm::Served<P>>;
+// clang-format on
 
 // A's configuration at a given budget, and what Config::of cannot know: how many tasks or domains there are.
 template <class A>

@@ -1,5 +1,5 @@
-// One expert per sequence on the device: MoA's step against the CPU and as a graph, and mixed ranks with rank_offsets in
-// device memory.
+// One expert per sequence on the device: routing and decisions, and mixed ranks with rank_offsets in device memory.
+#include <algorithm>
 #include <cmath>
 #include <random>
 #include <utility>
@@ -7,7 +7,6 @@
 #include <loramix/adapter/domains.hpp>
 
 #include "gpu/captured.cuh"
-#include "gpu/domain_step.hpp"
 #include "gpu/harness.cuh"
 #include "support/seed.hpp"
 
@@ -42,84 +41,31 @@ void check_close(const char* what, const std::vector<float>& got, const std::vec
 
 }  // namespace
 
-TEST_CASE_TEMPLATE("MoA on the device is MoA on the host, launched and in a graph", Last, std::false_type,
-                   std::true_type) {
-  using Adapter = lm::Moa<float, device>;
-  using S = DomainStep;
+TEST_CASE("route on the device makes the decisions of forward, in a graph too, whatever the labels") {
+  constexpr Index T = 23, sequences = 7;
   GpuHarness gpu;
-  Adapter moa({.d_in = S::d_in,
-               .d_out = S::d_out,
-               .experts = S::experts,
-               .rank = S::rank,
-               .dropout = S::dropout,
-               .places = S::places,
-               .pooling = Last::value ? lm::Pooling::last : lm::Pooling::mean,
-               .straight_through = true});
-  const Index n = moa.parameters().size;
-  const DomainStep step{Last::value,
-                        draw(n, 1),
-                        draw(S::tokens * S::d_in, 2),
-                        draw(S::tokens * S::d_out, 3),
-                        draw(S::sequences * S::experts, 4),
-                        {0, 0, 5, 5, 12, 13, 21, 23},
-                        {2, 0, -1, 1, -1, -1, -1},
-                        {1, 1, 0, 1, 0, 1, 1, 1, 1, 0, 0, 1, 0, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1}};
-  const DomainStepResults want = domain_step_on_host(step);
-
-  auto gradient = lm::zeros_like(moa);
-  lm::gpu::copy(lm::VectorView<const float>(step.parameters.data(), n), moa.parameters());
-  const lm::MatrixView<const float, device> x{gpu.upload(step.x), S::tokens, S::d_in},
-      dy{gpu.upload(step.dy), S::tokens, S::d_out};
-  const lm::MatrixView<float, device> y{gpu.upload(std::vector<float>(want.y.size())), S::tokens, S::d_out},
-      dx{gpu.upload(std::vector<float>(want.dx.size())), S::tokens, S::d_in};
-  const lm::VectorView<const float, device> dp{gpu.upload(step.dp), S::sequences * S::experts};
-  std::int32_t* const ids = gpu.upload(std::vector<std::int32_t>(S::sequences));
-  const Index* const offsets = gpu.upload(std::vector<Index>(step.offsets.begin(), step.offsets.end()));
-  const std::int32_t* const labels = gpu.upload(step.labels);
-  const std::uint8_t* const valid = gpu.upload(step.valid);
   const lm::gpu::Backend be = gpu.backend();
-  const Index there = lm::workspace_bytes(be, moa, S::tokens),
-              back = lm::workspace_bytes(be, moa, S::tokens, lm::Pass::backward);
-  auto work = gpu.arena(there > back ? there : back), memory = gpu.arena(lm::reserve_bytes(moa, S::tokens));
-  const auto run = [&] {
-    memory.reset();
-    lm::ForwardOptions<device> options{.save = &memory,
-                                       .key = {.seed = 7, .step = 2},
-                                       .into = lm::Into::set,
-                                       .sequences = lm::Groups<device>::by_segment(offsets, S::sequences),
-                                       .labels = {labels, S::sequences},
-                                       .valid = {valid, S::tokens}};
-    auto saved = lm::forward(be, moa, x, y, work, options);
-    const auto& scores = saved.scores;
-    lm::gpu::check_cuda("cudaMemcpyAsync", cudaMemcpyAsync(scores.dp.data, dp.data, step.dp.size() * sizeof(float),
-                                                           cudaMemcpyDeviceToDevice, gpu.stream()));
-    lm::backward(be, moa, saved, x, dy, dx, gradient, work, {.parameters = lm::Into::set, .input = lm::Into::set});
-    lm::route(be, moa, x, {ids, S::sequences}, work, options);
-  };
-  const auto check = [&] {
-    DomainStepResults got{want.y, want.dx, want.gradient, want.ids};
-    gpu.download(y.data, got.y);
-    gpu.download(dx.data, got.dx);
-    gpu.download(gradient.parameters().data, got.gradient);
-    gpu.download(ids, got.ids);
-    check_close("y", got.y, want.y, S::d_in * S::rank);
-    check_close("dx", got.dx, want.dx, S::d_out * S::rank);
-    check_close("gradient", got.gradient, want.gradient, S::tokens * S::d_out);
-    for (std::size_t b = 0; b < S::sequences; ++b) {  // route knows no labels
-      if (step.labels[b] < 0) CHECK(got.ids[b] == want.ids[b]);
-    }
-    return got;
-  };
-  run();
-  const DomainStepResults direct = check();
-  const Graph graph(gpu.stream(), run);
-  for (int replay = 0; replay < 2; ++replay) {
-    graph.launch(gpu.stream());
-    const DomainStepResults again = check();
-    CHECK(again.y == direct.y);
-    CHECK(again.dx == direct.dx);
-    CHECK(again.gradient == direct.gradient);
-  }
+  lm::Moa<float, device> moa({.d_in = 40, .d_out = 24, .experts = 3, .rank = 4, .places = 4});
+  lm::gpu::copy(lm::VectorView<const float>(draw(moa.parameters().size, 1).data(), moa.parameters().size),
+                moa.parameters());
+  const lm::MatrixView<float, device> x{gpu.upload(draw(T * 40, 2)), T, 40}, y{gpu.upload(draw(T * 24, 3)), T, 24};
+  lm::ForwardOptions<device> options;
+  options.sequences =
+      lm::Groups<device>::by_segment(gpu.upload(std::vector<Index>{0, 3, 3, 7, 12, 13, 20, T}), sequences);
+  std::vector<std::int32_t> got(sequences, -7);
+  std::int32_t* const ids = gpu.upload(got);
+  auto reserve = gpu.arena(lm::reserve_bytes(moa, T));
+  const auto work = gpu.arena(lm::workspace_bytes(be, moa, T));
+  options.save = &reserve;
+  const auto saved = lm::forward(be, moa, x, y, work, options);
+  std::vector<std::int32_t> want(sequences);
+  gpu.download(saved.scores.ids.data, want);
+  options.labels = {gpu.upload(std::vector<std::int32_t>(sequences, 2)), sequences};
+  const Graph graph(gpu.stream(), [&] { lm::route(be, moa, x, {ids, sequences}, work, options); });
+  graph.launch(gpu.stream());
+  gpu.download(ids, got);
+  CHECK(got == want);
+  CHECK(*std::max_element(want.begin(), want.end()) > *std::min_element(want.begin(), want.end()));
   CHECK(gpu.release());
 }
 

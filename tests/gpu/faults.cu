@@ -1,5 +1,7 @@
 // Bad input: what the host can see is refused before anything is launched; what only the device can see contributes
 // nothing and sets a flag.
+#include <loramix/adapter/forward.hpp>
+#include <loramix/adapter/more.hpp>
 #include <loramix/gate/gates.hpp>
 
 #include "conformance/harness.hpp"
@@ -105,6 +107,26 @@ TEST_CASE("a bad group contributes nothing and sets its flag") {
   CHECK(gpu.flags().bad_group_id == 0);
   CHECK(all.y[0] == good.y[0]);
   CHECK(all.y[3 * width] != 0);
+  CHECK(gpu.release());
+}
+
+TEST_CASE("a task there is not contributes nothing, and says so") {
+  GpuHarness gpu;
+  const lm::gpu::Backend be = gpu.backend();
+  lm::More<float, device> more({.d_in = width, .d_out = width, .tasks = 3, .rank = 2});
+  lm::gpu::copy(lm::VectorView<const float>(counting(more.parameters().size).data(), more.parameters().size),
+                more.parameters());
+  const lm::MatrixView<float, device> x{gpu.upload(counting(tokens * width)), tokens, width};
+  std::vector<float> y(tokens * width, 1.0f);
+  float* const memory = gpu.upload(y);
+  const auto tasks = lm::Groups<device>::by_id(gpu.upload(std::vector<std::int32_t>{0, 2, 7, -1}), 3);
+  lm::forward(be, more, x, {memory, tokens, width}, gpu.arena(lm::workspace_bytes(be, more, tokens)), {.tasks = tasks});
+  gpu.download(memory, y);
+  for (Index t = 0; t < tokens; ++t) {
+    for (Index o = 0; o < width; ++o) CHECK((y[static_cast<std::size_t>(t * width + o)] != 1) == (t < 2));
+  }
+  CHECK(gpu.flags().bad_group_id != 0);
+  gpu.clear_flags();
   CHECK(gpu.release());
 }
 

@@ -63,6 +63,8 @@ inline std::vector<Form<lm::TeamLoraConfig>> forms(const lm::TeamLoraConfig&) {
           {"M = I", [](C& c) { c.hidden = 5, c.competition = lm::Competition::identity; }, true, "interaction.weight"},
           {"equal shares", [](C& c) { c.hidden = 5, c.competition = lm::Competition::equal; }},
           {"by sequence", [](C& c) { c.hidden = 5, c.reads = lm::Reads::sequence; }},
+          {"linear S by last row",
+           [](C& c) { c.hidden = 0, c.reads = lm::Reads::sequence, c.pooling = lm::Pooling::last; }},
           {"by task", [](C& c) { c.hidden = 5, c.reads = lm::Reads::task, c.embedding = 7; }}};
 }
 inline std::vector<Form<lm::MolaConfig>> forms(const lm::MolaConfig&) {

@@ -223,7 +223,8 @@ std::vector<double> Hosted<A>::straight_through() const {
 template <class A>
 void Hosted<A>::remember(const Told&) {
   if constexpr (lm::DoraAdapter<A>) {
-    remembered_.assign(saved_.inverse.data, saved_.inverse.data + saved_.inverse.size);
+    remembered_.clear();
+    for (Index o = 0; o < saved_.inverse.size; ++o) remembered_.push_back(static_cast<double>(saved_.inverse[o]));
   } else {
     remembered_ = straight_through();
   }

@@ -144,7 +144,8 @@ TEST_CASE("suite: the masks are those of the counters; without a key there are n
 }
 
 TEST_CASE("suite: what is dropped is what the counters of the literal reference drop, for all experts alike") {
-  for_every_subject<float>([](const Maker<float>& make) {
+  std::size_t silent = 0;
+  for_every_subject<float>([&silent](const Maker<float>& make) {
     Trial<float> trial(make, 9);
     if (!trial.subject->draws || trial.subject->silent == "x") return;
     // Without router and base dx goes through the mask alone: it is 0 where x was dropped, and nowhere else.
@@ -167,8 +168,10 @@ TEST_CASE("suite: what is dropped is what the counters of the literal reference 
         CHECK((s.dx(t, i) != 0) == kept);
       }
     }
-    CHECK(rows >= 4);
+    silent += rows == 0;  // a router of zeros may let nothing through
+    if (rows != 0) CHECK(rows >= 4);
   });
+  CHECK(silent * 8 < all_subjects<float>().size());
 }
 
 TEST_CASE("suite: adding twice to a gradient and to dx doubles them") {

@@ -90,7 +90,8 @@ Index workspace_bytes(const Backend& be, const A& adapter, Index tokens, Pass pa
   const MatrixView<const typename Ops::X, A::space> x{nullptr, tokens, adapter.config().d_in};
   const MatrixView<typename Ops::X, A::space> y{nullptr, tokens, adapter.config().d_out};
   const auto u = counter.template matrix<typename Ops::Acc>(tokens, adapter.A().rows);
-  Index stage = scratch_bytes(be, typename Ops::ShrinkOp{adapter.A(), {}, x, {}, u, {}});
+  const Dropout dropped{.p16 = 1};  // the larger size: a query does not depend on the call's draws
+  Index stage = scratch_bytes(be, typename Ops::ShrinkOp{adapter.A(), {}, x, dropped, u, {}});
   const auto larger = [&stage](Index bytes) { stage = bytes > stage ? bytes : stage; };
   const Index slices = adapter.config().slices.size();
   for (Index i = 0; i < slices; ++i) larger(scratch_bytes(be, Ops::expand(adapter, i, u, y, Into::add)));
@@ -100,7 +101,7 @@ Index workspace_bytes(const Backend& be, const A& adapter, Index tokens, Pass pa
     for (Index i = 0; i < slices; ++i) {
       larger(scratch_bytes(be, Ops::expand_backward(adapter, i, u, y, part, Into::add)));
     }
-    larger(scratch_bytes(be, typename Ops::ShrinkBackwardOp{adapter.A(), {}, x, {}, du, {}, {}, {}, {}}));
+    larger(scratch_bytes(be, typename Ops::ShrinkBackwardOp{adapter.A(), {}, x, dropped, du, {}, {}, {}, {}}));
   }
   return detail::sum_with_alignment<Arena<A::space>>(counter.used(), stage);
 }
