@@ -1,50 +1,51 @@
-// What is compared: a method has a name, a number of trainable parameters and a way to learn one seed's task.
+// What is compared: a method is trained on one seed's task and gives a row of the table, or several.
 #pragma once
 #include <time.h>
 
-#include <cmath>
 #include <functional>
-#include <loramix/adapter/more.hpp>
+#include <tuple>
 
+#include "details.hpp"
+#include "gated.hpp"
+#include "mlp.hpp"
+#include "reader.hpp"
 #include "round_trip.hpp"
 
 namespace demo {
 
-/// One seed: its data, the network that has learnt the clean images, and how long methods may learn the domains.
+/// One seed: its data, the networks that have learnt the clean images, and how long methods may learn the domains.
 struct Task {
   std::uint64_t seed;
   Data data;
-  Network base;
+  std::tuple<Mlp, Gated, Reader> networks;
   Protocol protocol;
-};
 
-/// Something seen in the trained layers, domain by domain.
-struct Detail {
-  std::string name;
-  std::array<double, domains> value{};
+  template <class Net>
+  const Net& network() const {
+    return std::get<Net>(networks);
+  }
 };
 
 struct Outcome {
   double seconds = 0;                                         // of training
   std::array<double, domains> accuracy{};                     // in percent of each domain's test images
-  std::vector<Detail> details;                                // the same for every seed but for the values
+  std::vector<double> loss;                                   // of every epoch
+  Details details;                                            // the same for every seed but for the values
   std::function<RoundTrip(const std::string& folder)> check;  // save, load and merge what was trained
 
   double average() const { return std::accumulate(accuracy.begin(), accuracy.end(), 0.0) / domains; }
 };
 
-struct Method {
-  std::string name;
-  Index trainable;
-  std::function<Outcome(const Task&)> run;
+/// A row of the table; `of`: it is an ablation of that row.
+struct Title {
+  std::string name, of = {};
 };
 
-template <class Model>
-std::array<double, domains> accuracies(const Model& model, const Data& data) {
-  std::array<double, domains> percent;
-  for (int k = 0; k < domains; ++k) percent[k] = accuracy(model.logits(data.test[k]), data.test[k].label);
-  return percent;
-}
+struct Method {
+  std::vector<Title> rows;
+  Index trainable, network;  // values
+  std::function<std::vector<Outcome>(const Task&)> run;
+};
 
 /// Processor time of this thread: methods are trained side by side, each by one thread.
 template <class Work>
@@ -59,85 +60,111 @@ double seconds_of(const Work& work) {
   return now() - start;
 }
 
-inline Method frozen_base() {
-  return {"frozen base", 0, [](const Task& task) {
-            return Outcome{.seconds = 0, .accuracy = accuracies(task.base, task.data), .details = {}, .check = {}};
+/// logits(images of a domain) → how many are read right.
+template <class Logits>
+std::array<double, domains> accuracies(const Data& data, const Logits& logits) {
+  std::array<double, domains> percent;
+  for (int k = 0; k < domains; ++k) percent[k] = accuracy(logits(data.test[k]), data.test[k].label);
+  return percent;
+}
+
+template <class Net>
+std::array<double, domains> accuracies(const Data& data, const Net& network) requires std::derived_from<Net, Linears> {
+  return accuracies(data, [&](const Images& images) { return logits(network, images.x); });
+}
+
+template <class Adapter, class Net>
+Outcome outcome(const Adapted<Adapter, Net>& model, const Task& task, const Title& title, double seconds,
+                const std::vector<double>& loss) {
+  Outcome outcome{.seconds = seconds,
+                  .accuracy = accuracies(task.data, [&](const Images& images) { return model.logits(images); }),
+                  .loss = loss,
+                  .details = details(model, task.data),
+                  .check = {}};
+  if (title.of.empty()) {
+    outcome.check = [=, &task](const std::string& folder) {
+      return round_trip(model, task.data, folder, file_name(title.name));
+    };
+  }
+  return outcome;
+}
+
+template <class Net>
+Method frozen(const std::string& name) {
+  return {{{name}}, 0, Net().size(), [](const Task& task) {
+            Outcome outcome;
+            outcome.accuracy = accuracies(task.data, task.network<Net>());
+            return std::vector{outcome};
           }};
 }
 
-inline Method full_fine_tuning() {
-  return {"full fine-tuning", Network::size(), [](const Task& task) {
-            Network network = task.base;
-            const double seconds = seconds_of([&] { train(network, task.data.train, task.protocol, task.seed); });
-            return Outcome{.seconds = seconds, .accuracy = accuracies(network, task.data), .details = {}, .check = {}};
+template <class Net>
+Method full_fine_tuning(const std::string& name) {
+  return {{{name}}, Net().size(), Net().size(), [](const Task& task) {
+            Net network = task.network<Net>();
+            Outcome outcome;
+            outcome.seconds =
+                seconds_of([&] { outcome.loss = train(network, task.data.train, task.protocol, task.seed); });
+            outcome.accuracy = accuracies(task.data, network);
+            return std::vector{outcome};
           }};
 }
-
-/// How unevenly the images of a batch load the experts of a token router: sd/mean of the experts' summed weights.
-template <class Scores>
-double load_variation(const Scores& scores, Index experts) {
-  Eigen::ArrayXd load = Eigen::ArrayXd::Zero(experts);
-  for (Index t = 0; t < scores.weights.rows; ++t) {
-    for (Index i = 0; i < scores.weights.cols; ++i) {
-      const Index e = scores.ids.data == nullptr ? i : scores.ids(t, i);
-      if (e >= 0) load[e] += static_cast<double>(scores.weights(t, i));
-    }
-  }
-  return std::sqrt((load - load.mean()).square().mean()) / load.mean();
-}
-
-template <class Adapter>
-constexpr bool routes_experts = lm::ProductAdapter<Adapter>&& requires(const Adapter& a) {
-  a.config().experts;
-};
-
-/// What routers chose: MoRE's ranks, whether MoA's routers are right, how evenly the others load their experts.
-template <class Adapter>
-std::vector<Detail> details(const Adapted<Adapter>& model, const Data& data) {
-  std::vector<Detail> found(layers);
-  for (int k = 0; k < domains; ++k) {
-    model.logits(data.test[k], [&](int l, const auto& saved) {
-      const std::string layer = ", layer " + std::to_string(l + 1);
-      if constexpr (std::is_same_v<Adapter, lm::More<float>>) {
-        found[l] = {"rank" + layer, found[l].value};
-        found[l].value[k] = static_cast<double>(model.adapters[l].chosen_rank(k));
-      } else if constexpr (std::is_same_v<Adapter, lm::Moa<float>>) {
-        if (model.labels_told) return;
-        const Index images = saved.scores.ids.rows;
-        Index right = 0;
-        for (Index t = 0; t < images; ++t) right += saved.scores.ids(t, 0) == k;
-        found[l] = {"routed right %" + layer, found[l].value};
-        found[l].value[k] = 100.0 * static_cast<double>(right) / static_cast<double>(images);
-      } else if constexpr (routes_experts<Adapter>) {
-        if (!saved.scores.by_token || saved.scores.weights.rows != data.test[k].size()) return;
-        found[l] = {"load CV" + layer, found[l].value};
-        found[l].value[k] = load_variation(saved.scores, model.adapters[l].config().experts);
-      }
-    });
-  }
-  std::erase_if(found, [](const Detail& detail) { return detail.name.empty(); });
-  return found;
-}
-
-/// Whether MoA is told the domain of a test image or its routers choose.
-enum class Domains { told, routed };
 
 /// Any adapter of the library, at a budget.
-template <class Adapter>
-Method adapter(const std::string& name, const lm::Shape& shape,
-               const std::function<void(typename Adapter::Config&)>& adjust = {}, Domains tests = Domains::told) {
-  return {name, Adapted<Adapter>(Network(), shape, 0, adjust).trainable(), [=](const Task& task) {
-            Adapted<Adapter> model(task.base, shape, task.seed, adjust);
-            const double seconds = seconds_of([&] { model.train(task.data.train, task.protocol, task.seed); });
-            model.labels_told = tests == Domains::told;
-            const auto check = [=, &task](const std::string& folder) {
-              return round_trip(model, task.base, task.data, folder, file_name(name));
-            };
-            return Outcome{.seconds = seconds,
-                           .accuracy = accuracies(model, task.data),
-                           .details = details(model, task.data),
-                           .check = check};
+template <class Net, class Adapter>
+Method adapter(const Title& title, const Recipe<Adapter>& recipe) {
+  const Net network;
+  return {{title}, Adapted<Adapter, Net>(network, recipe, 0).trainable(), network.size(), [=](const Task& task) {
+            Adapted<Adapter, Net> model(task.network<Net>(), recipe, task.seed);
+            std::vector<double> loss;
+            const double seconds = seconds_of([&] { loss = model.train(task.data.train, task.protocol, task.seed); });
+            return std::vector{outcome(model, task, title, seconds, loss)};
           }};
 }
+
+/// The recipe with something else in its configurations.
+template <class Adapter, class Change>
+Recipe<Adapter> changed(Recipe<Adapter> recipe, const Change& change) {
+  recipe.adjust = [before = recipe.adjust, change](typename Adapter::Config& config) {
+    if (before) before(config);
+    change(config);
+  };
+  return recipe;
+}
+
+/// Methods that belong together, and ablations of them after each.
+struct Group {
+  std::string title;
+  std::vector<Method> methods = {};
+
+  template <class Net = Mlp, class Adapter>
+  void add(const std::string& name, const Recipe<Adapter>& recipe) {
+    methods.push_back(adapter<Net, Adapter>({name}, recipe));
+  }
+  /// Of the method added last.
+  template <class Net = Mlp, class Adapter>
+  void ablation(const std::string& what, const Recipe<Adapter>& recipe) {
+    const Title& last = methods.back().rows.back();
+    methods.push_back(adapter<Net, Adapter>({what, last.of.empty() ? last.name : last.of}, recipe));
+  }
+  template <class Net = Mlp, class Adapter, class Change>
+  void ablation(const std::string& what, const Recipe<Adapter>& recipe, const Change& change) {
+    ablation<Net>(what, changed(recipe, change));
+  }
+};
+
+/// MoRE's row, whose ranks are drawn.
+inline constexpr int more_rank = 13;
+inline constexpr const char* more_name = "MoRE, at most 13";
+
+inline Group no_adapter() {
+  return {"no adapter", {frozen<Mlp>("frozen base"), full_fine_tuning<Mlp>("full fine-tuning")}};
+}
+Group one_adapter();           // one_adapter.cpp
+Group token_mixtures();        // token_mixtures.cpp
+Group told_the_domain();       // told_the_domain.cpp
+Group listed();                // listed.cpp
+Group gated_blocks();          // other_networks.cpp
+Group image_rows_as_tokens();  // other_networks.cpp
 
 }  // namespace demo

@@ -1,15 +1,11 @@
-// What is printed and written: a progress line, a table and results.json.
+// What is printed: a progress line and tables.
 #pragma once
 #include <unistd.h>
 
-#include <cmath>
 #include <cstdio>
-#include <filesystem>
-#include <fstream>
 #include <mutex>
-#include <nlohmann/json.hpp>
 
-#include "methods.hpp"
+#include "rows.hpp"
 
 namespace demo {
 
@@ -30,98 +26,76 @@ class Progress {
   }
 
  private:
+  bool terminal_ = isatty(STDOUT_FILENO) != 0;
   std::mutex mutex_;
-  const bool terminal_ = isatty(STDOUT_FILENO) != 0;
-  const std::size_t jobs_;
-  std::size_t done_ = 0;
+  std::size_t jobs_, done_ = 0;
 };
 
-struct Row {
-  Method method;
-  std::vector<Outcome> seeds;
-};
-
-/// A method over all seeds.
-struct Summary {
-  double seconds = 0;                      // mean
-  std::array<double, domains> accuracy{};  // means
-  double average = 0, sd = 0;              // of the averages over domains; sd of the sample, 0 for one seed
-  std::vector<Detail> details;             // means
-};
-
-inline Summary summarise(const std::vector<Outcome>& outcomes) {
-  const double n = static_cast<double>(outcomes.size());
-  Summary s;
-  for (const Outcome& outcome : outcomes) {
-    s.seconds += outcome.seconds / n;
-    s.average += outcome.average() / n;
-    for (int k = 0; k < domains; ++k) s.accuracy[k] += outcome.accuracy[k] / n;
-  }
-  for (std::size_t i = 0; i < outcomes[0].details.size(); ++i) {
-    s.details.push_back({outcomes[0].details[i].name});
-    for (const Outcome& outcome : outcomes) {
-      for (int k = 0; k < domains; ++k) s.details[i].value[k] += outcome.details[i].value[k] / n;
-    }
-  }
-  for (const Outcome& outcome : outcomes) s.sd += std::pow(outcome.average() - s.average, 2);
-  s.sd = outcomes.size() > 1 ? std::sqrt(s.sd / (n - 1)) : 0;
-  return s;
+/// Left-aligned in `width` columns: printf counts bytes, and φ has two.
+inline std::string padded(const std::string& text, int width) {
+  int columns = 0;
+  for (const char c : text) columns += (c & 0xC0) != 0x80;
+  return text + std::string(static_cast<std::size_t>(std::max(width - columns, 0)), ' ');
 }
 
-inline double percent_of_network(const Method& method) {
-  return 100.0 * static_cast<double>(method.trainable) / static_cast<double>(Network::size());
+inline void print_domain_names() {
+  for (const char* name : domain_names) std::printf("%9s", name);
 }
 
 inline void print_table(const std::vector<Row>& rows) {
-  std::printf("%-24s%10s%7s%9s", "method", "trainable", "%", "seconds");
-  for (const char* name : domain_names) std::printf("%9s", name);
+  std::printf("%s%10s%7s%9s", padded("method", 28).c_str(), "trainable", "%", "seconds");
+  print_domain_names();
   std::printf("%15s\n", "average ± sd");
+  std::string group;
   for (const Row& row : rows) {
-    const Summary s = summarise(row.seeds);
-    std::printf("%-24s%10lld%7.1f%9.1f", row.method.name.c_str(), static_cast<long long>(row.method.trainable),
-                percent_of_network(row.method), s.seconds);
-    for (const double percent : s.accuracy) std::printf("%9.1f", percent);
-    std::printf("%8.1f ± %3.1f\n", s.average, s.sd);
+    if (row.ablation()) continue;
+    if (row.group != group && !group.empty()) std::printf("— %s\n", row.group.c_str());
+    group = row.group;
+    const double seconds = over_seeds(row, [](const Outcome& outcome) { return outcome.seconds; }).mean;
+    std::printf("%s%10lld%7.1f%9.1f", padded(row.title.name, 28).c_str(), static_cast<long long>(row.trainable),
+                row.percent(), seconds);
+    for (int k = 0; k < domains; ++k) {
+      std::printf("%9.1f", over_seeds(row, [k](const Outcome& outcome) { return outcome.accuracy[k]; }).mean);
+    }
+    const Spread all = average(row);
+    std::printf("%8.1f ± %3.1f\n", all.mean, all.sd);
   }
 }
 
 /// What routers chose in the domains, mean over seeds.
 inline void print_details(const std::vector<Row>& rows) {
-  std::printf("%-50s", "what routers chose");
-  for (const char* name : domain_names) std::printf("%9s", name);
+  const auto has_none = [](const Row& row) { return row.ablation() || row.seeds[0].details.of_domains.empty(); };
+  if (std::all_of(rows.begin(), rows.end(), has_none)) return;
+  std::printf("%s", padded("what routers chose", 60).c_str());
+  print_domain_names();
   std::printf("\n");
   for (const Row& row : rows) {
-    for (const Detail& detail : summarise(row.seeds).details) {
-      std::printf("%-24s%-26s", row.method.name.c_str(), detail.name.c_str());
-      for (const double value : detail.value) std::printf(value < 10 ? "%9.2f" : "%9.1f", value);
+    if (has_none(row)) continue;
+    for (const Detail& detail : details(row)) {
+      std::printf("%s%s", padded(row.title.name, 28).c_str(), padded(detail.name, 32).c_str());
+      for (const double value : detail.value) std::printf(std::fabs(value) < 10 ? "%9.2f" : "%9.1f", value);
       std::printf("\n");
     }
   }
+  std::printf("\n");
 }
 
-inline void write_results(const std::string& path, const std::vector<Row>& rows) {
-  nlohmann::ordered_json results = nlohmann::ordered_json::array();
-  for (const Row& row : rows) {
-    const Summary s = summarise(row.seeds);
-    nlohmann::ordered_json accuracy;
-    for (int k = 0; k < domains; ++k) accuracy[domain_names[k]] = s.accuracy[k];
-    nlohmann::ordered_json details = nlohmann::ordered_json::object();
-    for (const Detail& detail : s.details) {
-      for (int k = 0; k < domains; ++k) details[detail.name][domain_names[k]] = detail.value[k];
+/// What every ablation changes, and how much that varies from seed to seed.
+inline void print_ablations(const std::vector<Row>& rows) {
+  std::printf("%s%15s%22s\n", padded("ablation", 36).c_str(), "average ± sd", "difference ± sd");
+  for (const Row& own : rows) {
+    if (own.ablation()) continue;
+    bool first = true;
+    for (const Row& row : rows) {
+      if (row.title.of != own.title.name) continue;
+      const Spread all = average(own), other = average(row), change = difference(row, rows);
+      if (first) std::printf("%s%8.1f ± %3.1f\n", padded(own.title.name, 36).c_str(), all.mean, all.sd);
+      std::printf("  %s%8.1f ± %3.1f%+15.1f ± %3.1f\n", padded(row.title.name, 34).c_str(), other.mean, other.sd,
+                  change.mean, change.sd);
+      first = false;
     }
-    results.push_back({{"method", row.method.name},
-                       {"trainable", row.method.trainable},
-                       {"percent", percent_of_network(row.method)},
-                       {"seconds", s.seconds},
-                       {"seeds", row.seeds.size()},
-                       {"accuracy", accuracy},
-                       {"average", s.average},
-                       {"sd", s.sd},
-                       {"details", details}});
   }
-  std::ofstream file(path);
-  file << results.dump(2) << '\n';
-  if (!file.flush()) throw std::runtime_error("cannot write " + path);
+  std::printf("\n");
 }
 
 }  // namespace demo

@@ -41,27 +41,32 @@ struct Difference {
   }
 };
 
-template <class Model, class Other>
-Difference difference(const Model& model, const Other& other, const Images& images) {
-  const Matrix a = model.logits(images), b = other.logits(images);
+inline Difference difference(const Matrix& a, const Matrix& b) {
   Difference found{(a - b).cwiseAbs().maxCoeff<Eigen::PropagateNaN>() / a.cwiseAbs().maxCoeff<Eigen::PropagateNaN>()};
   const std::vector<int> p = predictions(a), q = predictions(b);
   for (std::size_t t = 0; t < p.size(); ++t) found.predictions += p[t] != q[t];
   return found;
 }
 
-inline bool same_bits(const Network& a, const Network& b) {
-  return std::memcmp(a.parameters().data, b.parameters().data, sizeof(float) * Network::size()) == 0;
+inline bool same_bits(const Linears& a, const Linears& b) {
+  return std::memcmp(a.parameters().data, b.parameters().data, sizeof(float) * a.size()) == 0;
 }
 
-/// Whether a weight can stand for the adapter: for all images, or for those of one domain that is told.
+/// Whether a weight can stand for adapters of this kind: for all images, or for those of one domain that is told.
 template <class Adapter>
 constexpr bool merges() {
+  if constexpr (!sits_at_layers<Adapter>) return false;
   if constexpr (lm::ProductAdapter<Adapter> && !std::is_same_v<Adapter, lm::Moa<float>>) {
     using Gate = decltype(std::declval<const Adapter&>().gate());
-    return Gate::facts.token_invariant || requires { Gate::by_task; };
+    return Gate::facts.token_invariant || requires(const Gate& gate) { gate.tasks(); };
   }
   return true;
+}
+/// Whether it can for these: TeamLoRA's gate may read the token or the task.
+template <class Adapter, class Net>
+bool told(const Adapted<Adapter, Net>& model) {
+  if constexpr (requires { model.adapters[0].gate().tasks(); }) return model.adapters[0].gate().tasks() != 0;
+  return model.deciding == Deciding::label;
 }
 
 /// W of a layer as the domain sees it.
@@ -70,46 +75,74 @@ lm::Merged<float> merged_for(int domain, const Adapter& adapter, lm::MatrixView<
   const lm::cpu::Backend be;
   if constexpr (std::is_same_v<Adapter, lm::Moa<float>>) {
     return lm::merge_domain(be, adapter, domain, weights);
-  } else if constexpr (requires { decltype(adapter.gate())::by_task; }) {
+  } else if constexpr (requires { adapter.gate().tasks(); }) {
     return lm::merge(be, adapter, weights, {.task = domain});
   } else {
     return lm::merge(be, adapter, weights);
   }
 }
 
+/// The network with the model's adapters merged into it, as the domain sees it, and what undoes that.
+template <class Adapter, class Net>
+class MergedNetwork {
+ public:
+  MergedNetwork(const Adapted<Adapter, Net>& model, int domain) : network(model.network()) {
+    for (int l = 0; l < network.layers(); ++l) {
+      const Adapter& adapter = model.adapters[l];
+      merged_.push_back(merged_for(domain, adapter, network.weight_view(l)));
+      if constexpr (requires { adapter.bias(); }) {
+        biases_.push_back(network.bias(l));
+        network.bias(l) += Eigen::Map<const Eigen::RowVectorXf>(adapter.bias().row(domain), adapter.bias().cols);
+      }
+    }
+  }
+  void undo() {
+    for (int l = 0; l < network.layers(); ++l) {
+      merged_[l].undo(network.weight_view(l));
+      if (!biases_.empty()) network.bias(l) = biases_[l];
+    }
+  }
+
+  Net network;
+
+ private:
+  std::vector<lm::Merged<float>> merged_;
+  std::vector<Eigen::RowVectorXf> biases_;
+};
+
 /// Saves the model's adapters into one file; returns a model with what the file holds.
-template <class Adapter>
-Adapted<Adapter> saved_and_loaded(const Adapted<Adapter>& model, const Network& base, const std::string& path) {
+template <class Adapter, class Net>
+Adapted<Adapter, Net> saved_and_loaded(const Adapted<Adapter, Net>& model, const std::string& path) {
+  const Places<Adapter, Net> places{model.network()};
   lm::io::AdapterWriter writer;
-  for (int l = 0; l < layers; ++l) writer.add(layer_name[l], model.adapters[l]);
+  for (int i = 0; i < places.count(); ++i) writer.add(places.name(i), model.adapters[i]);
   writer.save(path);
 
   const lm::io::Safetensors file(path);
   std::vector<Adapter> adapters;
-  for (int l = 0; l < layers; ++l) adapters.push_back(lm::io::load<Adapter>(file, layer_name[l]));
-  return {base, std::move(adapters), model.labels_told};
+  for (int i = 0; i < places.count(); ++i) adapters.push_back(lm::io::load<Adapter>(file, places.name(i)));
+  return model.with(std::move(adapters));
 }
 
-template <class Adapter>
-RoundTrip round_trip(const Adapted<Adapter>& model, const Network& base, const Data& data, const std::string& folder,
+template <class Adapter, class Net>
+RoundTrip round_trip(const Adapted<Adapter, Net>& model, const Data& data, const std::string& folder,
                      const std::string& file) {
-  const Adapted<Adapter> loaded = saved_and_loaded(model, base, folder + "/" + file);
+  const Adapted<Adapter, Net> loaded = saved_and_loaded(model, folder + "/" + file);
   Difference after_loading;
-  for (const Images& images : data.test) after_loading.add(difference(model, loaded, images));
+  for (const Images& images : data.test) after_loading.add(difference(model.logits(images), loaded.logits(images)));
   bool passed = after_loading.outputs == 0 && after_loading.predictions == 0;
   std::string text = file + ": loaded: outputs " + (passed ? "the same" : "DIFFER");
 
   if constexpr (merges<Adapter>()) {
-    if (!model.labels_told) return {passed, text};
-    Network network = base;
+    if (!told(model)) return {passed, text};
     Difference after_merging;
+    bool undone = true;
     for (int k = 0; k < domains; ++k) {
-      std::vector<lm::Merged<float>> merged;
-      for (int l = 0; l < layers; ++l) merged.push_back(merged_for(k, loaded.adapters[l], network.weight_view(l)));
-      after_merging.add(difference(model, network, data.test[k]));
-      for (int l = 0; l < layers; ++l) merged[l].undo(network.weight_view(l));
+      MergedNetwork<Adapter, Net> merged(loaded, k);
+      after_merging.add(difference(model.logits(data.test[k]), logits(merged.network, data.test[k].x)));
+      merged.undo();
+      undone = undone && same_bits(merged.network, model.network());
     }
-    const bool undone = same_bits(network, base);
 
     char line[160];
     std::snprintf(line, sizeof line, "; merged: %d predictions differ, outputs by %.0e; undone: bits %s",
