@@ -1,5 +1,5 @@
-// A token's result depends on its own row, ids and global id only (MATH.md section 6, ii). The composed path keeps that
-// for every number of tokens, not only inside a class.
+// A token's result depends on its own row, ids and global id only (MATH.md section 6, ii): within a class of T by default,
+// at every T on the composed path and with Order::fixed.
 #include <doctest/doctest.h>
 
 #include <algorithm>
@@ -15,7 +15,9 @@ using namespace loramix_test;
 namespace {
 
 constexpr Index tokens = 130, d_in = 261, d_out = 67, experts = 5, rank = 3, ranks = experts * rank;
-const lm::cpu::Backend<> be;
+using Backend = lm::cpu::Backend<>;
+const Backend by_class;
+const Backend always[] = {{{}, {.path = lm::cpu::Path::composed}}, {{}, {.order = lm::cpu::Order::fixed}}};
 
 /// Top-2 of the token × a prefix of its task × its own multiplier.
 template <class T>
@@ -27,7 +29,7 @@ struct Batch {
   std::vector<std::int32_t> task;
   std::vector<std::int32_t> counts{2, 9, 15};
 
-  Outputs<T> run() const {
+  Outputs<T> run(const Backend& be = by_class) const {
     const Index n = in.x.rows();
     const lm::GateProduct gate(lm::TopKExperts<Score>{ids, weights, experts},
                                lm::RankPrefix<Score>{{counts.data(), 3}, lm::Groups<>::by_id(task.data(), 3)},
@@ -115,15 +117,30 @@ TEST_CASE_TEMPLATE("replacing the other tokens changes no token", T, float, lm::
   }
 }
 
-TEST_CASE_TEMPLATE("the number of tokens changes no token", T, float, double, lm::bfloat16) {
+/// Whether the first `count` tokens alone give what they give among the first `among`.
+template <class T>
+void check_count(const Backend& be, const Batch<T>& batch, Index count, Index among) {
+  CAPTURE(count);
+  CAPTURE(among);
+  const Outputs<T> some = batch.select(iota(0, count)).run(be), all = batch.select(iota(0, among)).run(be);
+  Index same = 0;
+  for (Index t = 0; t < count; ++t) same += same_row(some, t, all, t) ? 1 : 0;
+  CHECK(same == count);
+}
+
+TEST_CASE_TEMPLATE("the number of tokens changes no token of its class", T, float, double, lm::bfloat16, lm::half) {
   Random random(seed(32));
   const Batch<T> batch = draw_batch<T>(random);
-  const Outputs<T> all = batch.run();
-  for (const Index count : {1, 2, 4, 5, 16, 63, 64, 65, 129}) {
-    const Outputs<T> some = batch.select(iota(0, count)).run();
-    Index same = 0;
-    for (Index t = 0; t < count; ++t) same += same_row(some, t, all, t) ? 1 : 0;
-    CHECK(same == count);
+  for (const Index count : {1, 2, 3}) check_count(by_class, batch, count, 4);
+  for (const Index count : {5, 16, 63}) check_count(by_class, batch, count, 64);
+  for (const Index count : {65, 67, 129}) check_count(by_class, batch, count, tokens);
+}
+
+TEST_CASE_TEMPLATE("the number of tokens changes no token where one order is asked for", T, float, double, lm::bfloat16) {
+  Random random(seed(32));
+  const Batch<T> batch = draw_batch<T>(random);
+  for (const Backend& be : always) {
+    for (const Index count : {1, 2, 4, 5, 16, 63, 64, 65, 129}) check_count(be, batch, count, tokens);
   }
 }
 
@@ -135,14 +152,15 @@ TEST_CASE_TEMPLATE("micro-batches that give their first token drop what the batc
   };
   const std::uint64_t base = (std::uint64_t{1} << 32) - 50;  // token ids cross 32 bits
   batch.in.dropout = dropout(base);
-  const Outputs<T> all = batch.run();
+  const Backend& be = always[1];  // the parts are of several classes
+  const Outputs<T> all = batch.run(be);
   const std::vector<Index> cuts{0, 1, 40, 64, 129, tokens};
   for (std::size_t i = 0; i + 1 < cuts.size(); ++i) {
     Batch<T> part = batch.select(iota(cuts[i], cuts[i + 1]));
     part.in.dropout = dropout(base + static_cast<std::uint64_t>(cuts[i]));
-    const Outputs<T> some = part.run();
+    const Outputs<T> some = part.run(be);
     for (Index t = cuts[i]; t < cuts[i + 1]; ++t) CHECK(same_row(some, t - cuts[i], all, t));
   }
   batch.in.dropout = dropout(base + 1);
-  CHECK(!same_row(batch.run(), 3, all, 3));
+  CHECK(!same_row(batch.run(be), 3, all, 3));
 }

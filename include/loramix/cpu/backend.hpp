@@ -1,10 +1,12 @@
-/// The CPU backend: an executor, nothing else. Views are in host memory; scratch comes from the caller's arena.
+/// The CPU backend: an executor, and what it may be told about how to work (cpu/tuning.hpp). Views are in host memory;
+/// scratch comes from the caller's arena.
 ///
 /// Example: lm::cpu::Backend be;                               // the calling thread
 ///          lm::cpu::Backend be{pool.executor()};              // lm::ThreadPool
 ///          lm::cpu::Backend be{EngineExecutor{engine_pool}};  // the engine's own threads (core/executor.hpp)
 #pragma once
 #include <loramix/core/executor.hpp>
+#include <loramix/cpu/tuning.hpp>
 
 namespace loramix {
 inline namespace LORAMIX_ABI {
@@ -14,6 +16,7 @@ template <Executor E = SerialExecutor>
 struct Backend {
   static constexpr Space space = Space::host;
   E executor{};
+  Tuning tuning{};
 
   Index lanes() const { return executor.lanes(); }
   /// f(job, lane) for every job in [0, n).
@@ -24,6 +27,8 @@ struct Backend {
 };
 template <class E>
 Backend(E) -> Backend<E>;
+template <class E>
+Backend(E, Tuning) -> Backend<E>;
 Backend()->Backend<SerialExecutor>;
 
 }  // namespace cpu

@@ -2,7 +2,7 @@
 /// tokens that chose an expert are gathered and padded with zeros to a multiple of 8, so that the products treat all of
 /// them alike. Tiles for what belongs to a token, columns with tokens in order for what sums over them.
 #pragma once
-#include <loramix/cpu/product.hpp>
+#include <loramix/cpu/composed.hpp>
 #include <loramix/ops/mixlora.hpp>
 
 namespace loramix {

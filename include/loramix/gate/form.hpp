@@ -137,8 +137,7 @@ class GateRow {
   /// Whether rank j of expert e lets anything through.
   LORAMIX_HD bool open(Index j, Index e) const {
     if (!covered_) return false;
-    if (form_.prefix.data != nullptr && j >= form_.prefix[prefix_row_]) return false;
-    if (form_.subset.data != nullptr && form_.subset(subset_row_, j) == 0) return false;
+    if (j >= limit() || !in_subset(j)) return false;
     return form_.ids.data == nullptr || slot(e) >= 0;
   }
 
@@ -146,10 +145,10 @@ class GateRow {
   template <Factor Skip = Factor::none>
   LORAMIX_HD Acc factor(Index j, Index e) const {
     Acc g = Acc(1);
-    if (Skip != Factor::id_weight && form_.id_weights.data != nullptr) g *= Acc(form_.id_weights(id_row_, slot(e)));
-    if (Skip != Factor::weight && form_.weights.data != nullptr) g *= Acc(form_.weights(weight_row_, e));
+    if (Skip != Factor::id_weight && form_.id_weights.data != nullptr) g *= id_weight(slot(e));
+    if (Skip != Factor::weight) g *= weight(e);
     if (Skip != Factor::value && form_.values.data != nullptr) g *= Acc(form_.values(t_, j));
-    if (Skip != Factor::multiplier && form_.multiplier.data != nullptr) g *= Acc(form_.multiplier[multiplier_row_]);
+    if (Skip != Factor::multiplier) g *= multiplier();
     if (Skip != Factor::rank_scale && form_.rank_scale.data != nullptr) g *= Acc(form_.rank_scale[j]);
     return g;
   }
@@ -170,6 +169,21 @@ class GateRow {
     return -1;
   }
   LORAMIX_HD bool covered() const { return covered_; }
+
+  // One slot each; 1 (everything) where the slot is absent.
+  LORAMIX_HD Index limit() const { return form_.prefix.data == nullptr ? form_.ranks : Index{form_.prefix[prefix_row_]}; }
+  LORAMIX_HD bool in_subset(Index j) const {
+    return form_.subset.data == nullptr || form_.subset(subset_row_, j) != 0;
+  }
+  LORAMIX_HD Acc id_weight(Index k) const {
+    return form_.id_weights.data == nullptr ? Acc(1) : Acc(form_.id_weights(id_row_, k));
+  }
+  LORAMIX_HD Acc weight(Index e) const {
+    return form_.weights.data == nullptr ? Acc(1) : Acc(form_.weights(weight_row_, e));
+  }
+  LORAMIX_HD Acc multiplier() const {
+    return form_.multiplier.data == nullptr ? Acc(1) : Acc(form_.multiplier[multiplier_row_]);
+  }
 
  private:
   LORAMIX_HD Index resolve(bool present, const Groups<S>& groups, Index rows) {

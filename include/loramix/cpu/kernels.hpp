@@ -1,0 +1,135 @@
+/// The register tiles of the fused path: two ways to multiply, from which all five products of a step are made.
+///
+///   outer   c[m, :] += Σ_k a(m, k) · panel[k, :]    vectors along the panel's columns; k ascends, one chain per element
+///   dot     c[m, r] += Σ_k x[m, k] · w[r, k]        vectors along k; for few ranks, and weights in their own order
+///
+/// Computes:    M × N packets (outer) or M × N sums (dot), held in registers; which M and N, `RegisterTile` says.
+/// Parameters:  a: rows of numbers, consecutive in k (Rows, RowList) or in m (Columns); panel [K, N·width] with a step
+///              between rows; x [M, K], w [N, K].
+/// Errors:      none.
+/// Cost:        M·N multiply-adds and M + N loads per k (outer) or per `width` k (dot).
+/// Determinism: an element's sum does not depend on M, N or on its place in the tile.
+/// Example:     cpu/shrink.hpp, cpu/expand.hpp
+#pragma once
+#include <loramix/cpu/packet.hpp>
+
+namespace loramix {
+inline namespace LORAMIX_ABI {
+namespace cpu {
+namespace detail {
+
+/// What fits into the registers: M rows × N packets beside N packets of the panel and one of a.
+struct RegisterTile {
+  static constexpr bool many = registers >= 32;
+  static constexpr int wide = many ? 4 : 2;                           // packets of the widest panel
+  static constexpr int rows_of(int packets) {                         // rows beside so many packets
+    return packets == 4 ? 6 : packets == 2 && many ? 12 : packets == 2 ? 6 : many ? 12 : 8;
+  }
+  static constexpr int sum_rows = many ? 8 : 4, sum_packets = 3;      // of a sum over tokens
+  static constexpr int dot_rows = many ? 3 : 2, dot_columns = many ? 8 : 4;
+};
+
+template <int M, int N>
+struct Tile {
+  Packet c[M][N];
+
+  template <class F>
+  [[gnu::always_inline]] void each(F&& f) {
+    unroll<M>([&](auto m) { unroll<N>([&](auto n) { f(m, n, c[m][n]); }); });
+  }
+  [[gnu::always_inline]] void clear() {
+    each([](int, int, Packet& v) { v = splat(0); });
+  }
+  [[gnu::always_inline]] void load_from(const float* p, Index stride) {
+    each([&](int m, int n, Packet& v) { v = load(p + m * stride + n * width); });
+  }
+  [[gnu::always_inline]] void store_to(float* p, Index stride) {
+    each([&](int m, int n, Packet& v) { store(p + m * stride + n * width, v); });
+  }
+};
+
+/// a(m, k) = base[m · stride + k]. One pointer serves three rows: x86 addresses it with factors 0, 1 and 2.
+template <int M>
+struct Rows3 {
+  const float* p[(M + 2) / 3];
+  Index stride;
+  [[gnu::always_inline]] Rows3(const float* base, Index stride_) : stride(stride_) {
+    unroll<(M + 2) / 3>([&](auto g) { p[g] = base + 3 * g * stride; });
+  }
+  template <int m>
+  [[gnu::always_inline]] float at(Index k) const {
+    return p[m / 3][(m % 3) * stride + k];
+  }
+};
+/// a(m, k) = row[m][k].
+template <int M>
+struct RowList {
+  const float* p[M];
+  [[gnu::always_inline]] explicit RowList(const float* const* rows) {
+    unroll<M>([&](auto m) { p[m] = rows[m]; });
+  }
+  template <int m>
+  [[gnu::always_inline]] float at(Index k) const {
+    return p[m][k];
+  }
+};
+/// a(m, k) = base[k · stride + m].
+struct Columns {
+  const float* p;
+  Index stride;
+  template <int m>
+  [[gnu::always_inline]] float at(Index k) const {
+    return p[k * stride + m];
+  }
+};
+
+struct NoHint {
+  void operator()(Index) const {}
+};
+
+/// tile += a · panel. `hint(k)` comes before each step: prefetches.
+template <int M, int N, class A, class W, class Hint = NoHint>
+[[gnu::always_inline]] inline void outer(Index depth, const A& a, const W* panel, Index step, Tile<M, N>& tile,
+                                         const Hint& hint = {}) {
+  for (Index k = 0; k < depth; ++k, panel += step) {
+    hint(k);
+    Packet b[N];
+    unroll<N>([&](auto n) { b[n] = load(panel + n * width); });
+    unroll<M>([&](auto m) {
+      const Packet v = splat(a.template at<m>(k));
+      unroll<N>([&](auto n) { tile.c[m][n] = fma(v, b[n], tile.c[m][n]); });
+    });
+  }
+}
+
+/// tile[m][r] += x[m, k…] ∘ w[r, k…], lane by lane; what is behind the last whole packet is padded with zeros.
+template <int M, int N, class X, class W>
+[[gnu::always_inline]] inline void dot(Index depth, const X* x, Index x_stride, const W* w, Index w_stride,
+                                       Tile<M, N>& tile) {
+  const auto step = [&](const auto& from, Index k) __attribute__((always_inline)) {
+    Packet a[M];
+    unroll<M>([&](auto m) { a[m] = from(x + m * x_stride + k); });
+    unroll<N>([&](auto n) {
+      const Packet b = from(w + n * w_stride + k);
+      unroll<M>([&](auto m) { tile.c[m][n] = fma(a[m], b, tile.c[m][n]); });
+    });
+  };
+  Index k = 0;
+  for (; k + width <= depth; k += width) step([](const auto* p) { return load(p); }, k);
+  if (k < depth) step([n = depth - k](const auto* p) { return load_part(p, n); }, k);
+}
+
+/// Runs f<M>(i) over [0, n) in steps of M, M falling from `Most` by halves for what is left.
+template <int Most, class F>
+[[gnu::always_inline]] inline void in_steps(Index n, F&& f) {
+  Index i = 0;
+  for (; i + Most <= n; i += Most) f(std::integral_constant<int, Most>{}, i);
+  if constexpr (Most > 1) {
+    if (i < n) in_steps<Most / 2>(n - i, [&](auto m, Index j) { f(m, i + j); });
+  }
+}
+
+}  // namespace detail
+}  // namespace cpu
+}  // namespace LORAMIX_ABI
+}  // namespace loramix

@@ -1,0 +1,118 @@
+/// The one place that names Eigen's packets: what the fused kernels are written in, for whatever instruction set the
+/// compiler was told. `Eigen::internal` is not a stable interface; nothing but this file and cpu/gemm.hpp names it.
+///
+/// Computes:    float arithmetic on `width` lanes; load and store convert bfloat16 and half with the bits of
+///              core/scalars.hpp; fma rounds once where the machine can.
+/// Reads:       p [width] (load), p [n] with n < width (load_part; zeros in the other lanes).
+/// Writes:      p [width] (store), p [n] (store_part); nothing behind them.
+/// Errors:      none.
+/// Cost:        an instruction or a few each.
+/// Determinism: lanes are independent; `sum` adds lanes in one fixed order.
+/// Example:     cpu/kernels.hpp
+#pragma once
+#include <Eigen/Core>
+#include <cstring>
+#include <utility>
+
+#include <loramix/core/scalars.hpp>
+#include <loramix/core/views.hpp>
+
+namespace loramix {
+inline namespace LORAMIX_ABI {
+namespace cpu {
+namespace detail {
+
+using Packet = Eigen::internal::packet_traits<float>::type;
+inline constexpr int width = Eigen::internal::packet_traits<float>::size;
+/// Vector registers of the machine: what a register tile may fill.
+inline constexpr int registers = EIGEN_ARCH_DEFAULT_NUMBER_OF_REGISTERS;
+
+// Integers beside a packet, in the compiler's own vectors: Eigen has no widening of 16 bits and no comparison of bits.
+typedef std::uint16_t Bits16 __attribute__((vector_size(2 * width)));
+typedef std::uint32_t Bits32 __attribute__((vector_size(4 * width)));
+
+/// f(0), f(1), …, f(N − 1), the index a constant: arrays of packets then live in registers.
+template <class F, int... I>
+[[gnu::always_inline]] inline void unroll(F&& f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class F>
+[[gnu::always_inline]] inline void unroll(F&& f) {
+  unroll(f, std::make_integer_sequence<int, N>{});
+}
+
+[[gnu::always_inline]] inline Packet splat(float v) { return Eigen::internal::pset1<Packet>(v); }
+[[gnu::always_inline]] inline Packet fma(Packet a, Packet b, Packet c) { return Eigen::internal::pmadd(a, b, c); }
+[[gnu::always_inline]] inline Packet add(Packet a, Packet b) { return Eigen::internal::padd(a, b); }
+[[gnu::always_inline]] inline Packet mul(Packet a, Packet b) { return Eigen::internal::pmul(a, b); }
+[[gnu::always_inline]] inline float sum(Packet a) { return Eigen::internal::predux(a); }
+// The packet of some machines carries attributes that do not matter here.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wignored-attributes"
+/// Rows become columns.
+[[gnu::always_inline]] inline void transpose(Packet (&rows)[width]) {
+  Eigen::internal::PacketBlock<Packet, width> block;
+  unroll<width>([&](auto i) { block.packet[i] = rows[i]; });
+  Eigen::internal::ptranspose(block);
+  unroll<width>([&](auto i) { rows[i] = block.packet[i]; });
+}
+#pragma GCC diagnostic pop
+
+[[gnu::always_inline]] inline Packet from_bits(Bits32 v) { return loramix::detail::bit_cast<Packet>(v); }
+[[gnu::always_inline]] inline Bits32 to_bits(Packet v) { return loramix::detail::bit_cast<Bits32>(v); }
+/// a where the mask (all ones or all zeros in a lane) says so, else b.
+[[gnu::always_inline]] inline Bits32 select(Bits32 mask, Bits32 a, Bits32 b) { return (a & mask) | (b & ~mask); }
+
+[[gnu::always_inline]] inline Packet load(const float* p) { return Eigen::internal::ploadu<Packet>(p); }
+[[gnu::always_inline]] inline void store(float* p, Packet v) { Eigen::internal::pstoreu(p, v); }
+[[gnu::always_inline]] inline Bits32 load_bits(const void* p) {
+  Bits16 narrow;
+  std::memcpy(&narrow, p, sizeof(narrow));
+  return __builtin_convertvector(narrow, Bits32);
+}
+[[gnu::always_inline]] inline void store_bits(void* p, Bits32 v) {
+  const Bits16 narrow = __builtin_convertvector(v, Bits16);
+  std::memcpy(p, &narrow, sizeof(narrow));
+}
+
+[[gnu::always_inline]] inline Packet load(const bfloat16* p) { return from_bits(load_bits(p) << 16); }
+[[gnu::always_inline]] inline void store(bfloat16* p, Packet v) {
+  const Bits32 u = to_bits(v), nan = (Bits32)((u & 0x7fffffffu) > 0x7f800000u);
+  store_bits(p, select(nan, u >> 16 | 0x40u, (u + 0x7fffu + (u >> 16 & 1u)) >> 16));
+}
+
+[[gnu::always_inline]] inline Packet load(const half* p) {
+  const Bits32 h = load_bits(p), magnitude = h & 0x7fffu, special = (Bits32)(magnitude >= 0x7c00u);
+  // Times 2^112: the exponent's bias, and subnormals become normal, exactly.
+  const Packet scaled = mul(from_bits(magnitude << 13), splat(5.192296858534828e33f));
+  return from_bits(select(special, magnitude << 13 | 0x7f800000u, to_bits(scaled)) | (h & 0x8000u) << 16);
+}
+[[gnu::always_inline]] inline void store(half* p, Packet v) {
+  const Bits32 u = to_bits(v), m = u & 0x7fffffffu;
+  // As round_to(float, half): adding 0.5 rounds subnormals, adding a half of the last place the others.
+  const Bits32 small = to_bits(add(from_bits(m), splat(0.5f))) - 0x3f000000u;
+  const Bits32 normal = (m + 0xfffu + (m >> 13 & 1u) - (112u << 23)) >> 13;
+  Bits32 h = select((Bits32)(m < 0x38800000u), small, normal);
+  h = select((Bits32)(m >= 0x477ff000u), Bits32{} + 0x7c00u, h);
+  h = select((Bits32)(m > 0x7f800000u), 0x7e00u | (m >> 13 & 0x3ffu), h);
+  store_bits(p, h | (u >> 16 & 0x8000u));
+}
+
+/// The first n lanes; zeros in the others.
+template <class T>
+inline Packet load_part(const T* p, Index n) {
+  T lanes[width] = {};
+  for (Index i = 0; i < n; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+template <class T>
+inline void store_part(T* p, Packet v, Index n) {
+  T lanes[width];
+  store(lanes, v);
+  for (Index i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+}  // namespace detail
+}  // namespace cpu
+}  // namespace LORAMIX_ABI
+}  // namespace loramix

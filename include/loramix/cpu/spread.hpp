@@ -1,0 +1,142 @@
+/// Out of rank space into features: the fused product of expand, and of shrink's backward.
+///
+/// Computes:    y[t, c] (+)= scale · Σ_r left[t, r] · W[r, c], with an optional second pair of factors (side rows) and dropout
+///              of the first: dX (+)= (dU A) ∘ keep/(1 − p̄) + dH side.
+/// Reads:       left [T, R], W [R, d] in either order; the second pair [T, n], [n, d].
+/// Adds to:     y [T, d], or assigns: one rounding per element.
+/// Errors:      none: ops/expand.hpp and ops/shrink.hpp check.
+/// Cost:        one pass over y. T > 64: blocks of weights copied so that they lie together in L2. T ≤ 64: as they lie.
+/// Determinism: a row of y depends on its rows of `left` only, and not on threads.
+/// Example:     ops/expand.hpp
+#pragma once
+#include <loramix/cpu/dropout.hpp>
+#include <loramix/cpu/panels.hpp>
+
+namespace loramix {
+inline namespace LORAMIX_ABI {
+namespace cpu {
+namespace detail {
+
+/// One product out of rank space.
+template <class W, Major M>
+struct RankFactor {
+  MatrixView<const float> left;           // [T, R]
+  MatrixView<const W, Space::host, M> w;  // [R, d]
+};
+
+template <class Y, class W, Major M>
+struct Spread {
+  RankFactor<W, M> first;
+  RankFactor<W, M> second;  // of no ranks, or side rows
+  Dropout dropout;          // of the first
+  float scale;
+  Into into;
+  MatrixView<Y> y;  // [T, d]
+
+  static constexpr int packets = RegisterTile::wide;
+  static constexpr int rows = RegisterTile::rows_of(packets);
+  static constexpr Index panel = packets * width;  // columns
+
+  Index ranks() const { return first.w.rows + second.w.rows; }
+
+  /// Columns of one sweep of T > 64: as many as keep the weights in L2.
+  static Index sweep_of(const Tuning& tuning, Index ranks) {
+    return larger(panel, smaller(tuning.sweep, tuning.weights / larger(1, ranks)) / panel * panel);
+  }
+  static Index scratch(Index ranks, Index sweep) { return ranks * sweep + mask_values(sweep); }
+
+  /// Tokens [t0, t0 + n) × columns [c0, c0 + columns), at most one sweep.
+  void run_packed(Index t0, Index n, Index c0, Index columns, float* scratch) const {
+    const Index step = panel * ranks();
+    for (Index c = 0; c < columns; c += panel) {
+      float* const block = scratch + c / panel * step;
+      copy(first.w, c0 + c, smaller(panel, columns - c), block);
+      copy(second.w, c0 + c, smaller(panel, columns - c), block + panel * first.w.rows);
+    }
+    std::uint8_t* const keep = reinterpret_cast<std::uint8_t*>(scratch + blocks_of(columns, panel) * step);
+    in_steps<rows>(n, [&](auto m, Index i) {
+      const Index t = t0 + i;
+      if (dropout.on()) {
+        for (Index j = 0; j < m; ++j) keep_bits(dropout, t + j, c0, columns, keep + j * mask_pitch(columns));
+      }
+      for (Index c = 0; c < columns; c += panel) {
+        const float* const block = scratch + c / panel * step;
+        tile<m, packets>(t, c0 + c, smaller(panel, columns - c), block, panel, block + panel * first.w.rows, panel,
+                         {keep + c / 8, rows, panel / 8, mask_pitch(columns)});
+      }
+    });
+  }
+
+  /// All tokens × columns [c0, c0 + columns) of weights in rank-major order, as they lie.
+  void run_natural(Index c0, Index columns, float* scratch) const requires(M == Major::row) {
+    std::uint8_t* const keep = reinterpret_cast<std::uint8_t*>(scratch);
+    const Index tokens = y.rows;
+    for (Index c = 0; c < columns; c += panel) {
+      const Index n = smaller(panel, columns - c);
+      if (n < panel) {  // a block of its own, so that no load runs past a row
+        run_packed(0, tokens, c0 + c, n, scratch);
+        break;
+      }
+      in_steps<rows>(tokens, [&](auto m, Index t) {
+        if (dropout.on()) {
+          for (Index j = 0; j < m; ++j) keep_bits(dropout, t + j, c0 + c, n, keep + j * mask_pitch(panel));
+        }
+        tile<m, packets>(t, c0 + c, n, at(first.w, c0 + c), first.w.stride, at(second.w, c0 + c), second.w.stride,
+                         {keep, rows, panel / 8, mask_pitch(panel)});
+      });
+    }
+  }
+
+ private:
+  static Index mask_pitch(Index columns) { return round_up(columns, 8 * width) / 8; }
+  static Index mask_values(Index sweep) { return rows * mask_pitch(sweep) / 4 + width; }
+  static const W* at(MatrixView<const W, Space::host, M> w, Index c) { return w.rows == 0 ? nullptr : &w(0, c); }
+
+  /// block[r][j] = w(r, c + j), zeros from n on.
+  static void copy(MatrixView<const W> w, Index c, Index n, float* block) {
+    for (Index r = 0; r < w.rows; ++r, block += panel) {
+      const W* const from = w.row(r) + c;
+      for (Index j = 0; j < panel; j += width) {
+        const Index left = n - j;
+        store(block + j, left >= width ? load(from + j) : left > 0 ? load_part(from + j, left) : splat(0));
+      }
+    }
+  }
+  static void copy(MatrixView<const W, Space::host, Major::column> w, Index c, Index n, float* block) {
+    for (Index j = 0; j < panel; ++j) {
+      for (Index r = 0; r < w.rows; ++r) block[r * panel + j] = j < n ? widen<float>(w(r, c + j)) : 0.f;
+    }
+  }
+
+  template <int T, int N, class Weight>
+  [[gnu::flatten, gnu::noinline]] void tile(Index t, Index c, Index n, const Weight* w1, Index step1, const Weight* w2,
+                                            Index step2, MatrixView<const std::uint8_t> keep) const {
+    Tile<T, N> sum;
+    sum.clear();
+    outer(first.w.rows, Rows3<T>(first.left.row(t), first.left.stride), w1, step1, sum);
+    const Packet factor = splat(scale);
+    if (dropout.on()) {
+      const Packet kept = splat(scale * static_cast<float>(dropout.kept_scale()));
+      sum.each([&](int i, int j, Packet& v) { v = keep_lanes(mul(kept, v), keep.row(i), j * width); });
+    } else {
+      sum.each([&](int, int, Packet& v) { v = mul(factor, v); });
+    }
+    if (second.w.rows != 0) {
+      outer(second.w.rows, Rows3<T>(second.left.row(t), second.left.stride), w2, step2, sum);
+    }
+    sum.each([&](int i, int j, Packet& v) {
+      Y* const to = y.row(t + i) + c + j * width;
+      const Index left = n - j * width;
+      if (left >= width) {
+        store(to, into == Into::add ? add(load(to), v) : v);
+      } else if (left > 0) {
+        store_part(to, into == Into::add ? add(load_part(to, left), v) : v, left);
+      }
+    });
+  }
+};
+
+}  // namespace detail
+}  // namespace cpu
+}  // namespace LORAMIX_ABI
+}  // namespace loramix

@@ -1,0 +1,128 @@
+/// Sums over tokens: the gradients of A and B, in their own order.
+///
+/// Computes:    out[r, c] (+)= scale · Σ_t left[t, r] · x̂[t, c]
+/// Reads:       left [T, R], x [T, d] (widened, with dropout applied, block by block).
+/// Adds to:     out [R, d] in either order, or assigns.
+/// Errors:      none: ops/expand.hpp and ops/shrink.hpp check.
+/// Cost:        one pass over x for every `ranks_of_job` ranks.
+/// Determinism: tokens in order inside one job: the number of threads changes nothing.
+/// Example:     ops/shrink.hpp
+#pragma once
+#include <loramix/cpu/contract.hpp>
+
+namespace loramix {
+inline namespace LORAMIX_ABI {
+namespace cpu {
+namespace detail {
+
+template <class X, class G, Major M>
+struct TokenSum {
+  MatrixView<const float> left;  // [T, R]
+  Input<X> x;
+  float scale;
+  Into into;
+  MatrixView<G, Space::host, M> out;  // [R, d]
+  Index tokens_per_sum;
+
+  static constexpr int packets = RegisterTile::sum_packets;
+  static constexpr int rows = RegisterTile::sum_rows;
+  static constexpr Index panel = packets * width;           // columns
+  static constexpr Index sweep = 1008;                      // columns of a job: a multiple of every panel, and of 8
+  static constexpr Index ranks_of_job = 128;
+  static constexpr Index few_ranks = 32;                    // up to here x is read where it lies
+
+  static Index scratch(Index ranks, Index tokens_per_sum, bool direct) {
+    const Index block = direct ? panel : sweep + 8 * width;
+    return round_up(smaller(ranks, ranks_of_job), rows) * sweep + tokens_per_sum * block;
+  }
+
+  /// Ranks [r0, r0 + ranks) × columns [c0, c0 + columns), at most one job's.
+  void run(Index r0, Index ranks, Index c0, Index columns, float* scratch) const {
+    const Index tokens = left.rows, step = tokens_per_sum;
+    float* const block = scratch + round_up(smaller(out.rows, ranks_of_job), rows) * sweep;
+    for (Index t = 0; t == 0 || t < tokens; t += step) {
+      const Index n = smaller(step, tokens - t);
+      if (!x.direct()) convert(t, n, c0, columns, block);
+      for (Index c = 0; c < columns; c += panel) {
+        const Index wide = smaller(panel, columns - c);
+        const float* from = block + (x.direct() ? 0 : c / panel * n * panel);
+        Index from_step = panel;
+        if constexpr (std::is_same_v<X, float>) {
+          if (x.direct() && ranks <= few_ranks && wide == panel && n > 0) {
+            from = x.rows.row(t) + c0 + c;
+            from_step = x.rows.stride;
+          } else if (x.direct()) {
+            copy(t, n, c0 + c, wide, block);
+          }
+        }
+        in_steps<rows>(ranks, [&](auto m, Index r) {
+          tile<m, packets>(t, n, r0 + r, c0 + c, wide, from, from_step, scratch + r * sweep + c);
+        });
+      }
+    }
+  }
+
+ private:
+  /// block[i][j] = x[t + i][c + j], zeros from `wide` on.
+  void copy(Index t, Index n, Index c, Index wide, float* block) const {
+    for (Index i = 0; i < n; ++i, block += panel) {
+      const X* const from = x.rows.row(t + i) + c;
+      for (Index j = 0; j < panel; j += width) {
+        const Index rest = wide - j;
+        store(block + j, rest >= width ? load(from + j) : rest > 0 ? load_part(from + j, rest) : splat(0));
+      }
+    }
+  }
+  /// All panels of columns [c0, c0 + columns): block[panel][i][j] = x̂[t + i][…].
+  void convert(Index t, Index n, Index c0, Index columns, float* block) const {
+    float* const row = block + blocks_of(columns, panel) * panel * n;
+    for (Index i = 0; i < n; ++i) {
+      x.convert(t + i, c0, columns, row);
+      for (Index j = columns; j < round_up(columns, panel); ++j) row[j] = 0;
+      for (Index c = 0; c < columns; c += panel) {
+        for (Index j = 0; j < panel; j += width) store(block + c * n + i * panel + j, load(row + c + j));
+      }
+    }
+  }
+
+  template <int R, int N>
+  [[gnu::flatten, gnu::noinline]] void tile(Index t, Index n, Index r, Index c, Index wide, const float* from,
+                                            Index step, float* sums) const {
+    Tile<R, N> sum;
+    if (t == 0)
+      sum.clear();
+    else
+      sum.load_from(sums, sweep);
+    outer(n, Columns{left.data + t * left.stride + r, left.stride}, from, step, sum);
+    if (t + n < left.rows) {
+      sum.store_to(sums, sweep);
+      return;
+    }
+    const Packet factor = splat(scale);
+    if constexpr (M == Major::row && std::is_same_v<G, float>) {
+      sum.each([&](int i, int j, Packet& v) {
+        float* const to = out.row(r + i) + c + j * width;
+        const Index rest = wide - j * width;
+        if (rest >= width) {
+          store(to, into == Into::add ? fma(factor, v, load(to)) : mul(factor, v));
+        } else if (rest > 0) {
+          store_part(to, into == Into::add ? fma(factor, v, load_part(to, rest)) : mul(factor, v), rest);
+        }
+      });
+    } else {
+      float values[R][N * width];
+      sum.each([&](int i, int j, Packet& v) { store(values[i] + j * width, mul(factor, v)); });
+      for (Index i = 0; i < R; ++i) {
+        for (Index j = 0; j < wide; ++j) {
+          G& cell = out(r + i, c + j);
+          cell = narrow<G>(into == Into::add ? widen<float>(cell) + values[i][j] : values[i][j]);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace detail
+}  // namespace cpu
+}  // namespace LORAMIX_ABI
+}  // namespace loramix

@@ -1,0 +1,79 @@
+/// What the CPU backend may be told about how to work; every number here has a reason, and a caller can replace it.
+///
+/// Computes:    the class of a number of tokens, on which kernels and summation order depend (MATH.md section 6).
+/// Parameters:  Tuning, a member of cpu::Backend.
+/// Errors:      none.
+/// Cost:        none.
+/// Determinism: which kernel runs, and in which order it sums, depends on shapes, scalars, gate, class and Tuning; never on
+///              data, on the number of threads, on the number of tokens inside a class.
+/// Example:     docs/how-to/tune.md
+#pragma once
+#include <loramix/core/views.hpp>
+
+namespace loramix {
+inline namespace LORAMIX_ABI {
+namespace cpu {
+
+/// Which implementation of the product runs.
+enum class Path {
+  automatic,  // fused where there is a kernel for the scalars, else composed
+  composed    // library products around the gate, for every scalar
+};
+
+/// In which order an element's products are summed.
+enum class Order {
+  by_class,  // the fastest order of each class of T
+  fixed      // one order at every T, that of the large class: decode and prefill agree bitwise
+};
+
+/// Where a gate closes most experts for a token.
+enum class Grouping {
+  automatic,  // by the cost model
+  dense,      // compute all ranks, select after
+  grouped     // compute the open ranks only
+};
+
+/// Replace what a measurement contradicts: `./dev tune` measures a machine and prints such a value.
+struct Tuning {
+  Path path = Path::automatic;
+  Order order = Order::by_class;
+  Grouping grouping = Grouping::automatic;
+  Index sweep = 1024;           // columns of x or y in one sweep over the tokens: a page of float, for fewer page walks
+  Index weights = 128 * 1024;   // values of a block of weights that stay in L2 during a sweep
+  Index tokens_per_sum = 192;   // tokens added to dA, dB before their sums leave the registers
+  Index serial_bytes = 1 << 18; // T ≤ 4: weights below which other threads are not worth waking
+};
+
+namespace detail {
+
+/// Classes of T.
+enum class TokenClass { few, some, many };
+constexpr Index few_tokens = 4, some_tokens = 64;
+
+constexpr TokenClass class_of(const Tuning& tuning, Index tokens) {
+  if (tuning.order == Order::fixed || tokens > some_tokens) return TokenClass::many;
+  return tokens > few_tokens ? TokenClass::some : TokenClass::few;
+}
+
+constexpr Index blocks_of(Index n, Index block) { return (n + block - 1) / block; }
+constexpr Index smaller(Index a, Index b) { return a < b ? a : b; }
+constexpr Index larger(Index a, Index b) { return a > b ? a : b; }
+constexpr Index round_up(Index n, Index to) { return blocks_of(n, to) * to; }
+
+/// How n pieces of work are cut for `lanes`: pieces per job and jobs, at most `most` pieces in a job, a multiple of
+/// `step` but for the last one.
+struct Cut {
+  Index size, jobs;
+  constexpr Cut(Index n, Index lanes, Index most, Index step) {
+    const Index rounds = larger(1, blocks_of(n, larger(1, lanes) * most));
+    size = round_up(larger(1, blocks_of(n, rounds * larger(1, lanes))), step);
+    jobs = blocks_of(n, size);
+  }
+  constexpr Index begin(Index job) const { return job * size; }
+  constexpr Index count(Index job, Index n) const { return smaller(size, n - job * size); }
+};
+
+}  // namespace detail
+}  // namespace cpu
+}  // namespace LORAMIX_ABI
+}  // namespace loramix
