@@ -35,69 +35,96 @@ struct Input {
   }
 };
 
-/// A contraction on packed weights.
-template <class X>
+/// A contraction on packed weights: sweeps of columns, whose panels stay in L2 while the tokens go by.
+template <class X, class W, Major M>
 struct PanelContraction {
   Input<X> x;
-  PanelLayout layout;
-  const float* panels;  // [layout.size()]
+  MatrixView<const W, Space::host, M> w;  // [R, d]
+  Index sweep;
   float scale;
   MatrixView<float> out;  // [T, R]
 
-  /// Tokens that share the registers' panels: rows of the widest tiles side by side.
-  static constexpr Index group = larger(RegisterTile::rows_of(1), RegisterTile::rows_of(2));
-  /// At most so many tokens in a job: their sums stay in L2.
-  static constexpr Index most = 252;
+  /// Tokens that go by together: rows of the widest tiles, and of two of the others.
+  static constexpr Index group = RegisterTile::rows_of(1);
+  static constexpr Index most_ranks = 256;
+  static constexpr Index most_sums = 1 << 18;  // a megabyte
 
-  static Index scratch(const PanelLayout& layout, bool direct) {
-    return most * layout.padded() + (direct ? 0 : group * pitch(layout));
+  /// How the work is cut: ranks first where there are few tokens, for a rank is packed by one job then.
+  struct Jobs {
+    Index ranks, rank_jobs, tokens, token_jobs;
+    Jobs(Index all_tokens, Index all_ranks, Index lanes) {
+      constexpr Index few = 512, wide = RegisterTile::wide * width;
+      const Index parts = all_tokens <= few ? lanes : 1;
+      ranks = smaller(most_ranks, round_up(blocks_of(all_ranks, parts), wide));
+      ranks = larger(width, smaller(ranks, round_up(all_ranks, width)));
+      rank_jobs = blocks_of(all_ranks, ranks);
+      const Cut cut(all_tokens, blocks_of(lanes, larger(1, rank_jobs)), larger(1, most_sums / ranks / group) * group, group);
+      tokens = cut.size;
+      token_jobs = cut.jobs;
+    }
+    Index count() const { return rank_jobs * token_jobs; }
+  };
+
+  /// Floats of a lane for any number of tokens up to this.
+  static Index scratch(const Tuning& tuning, Index tokens, Index ranks, Index depth, Index lanes, bool direct) {
+    const Index columns = pitch(smaller(tuning.sweep, depth)), most = smaller(most_ranks, round_up(ranks, width));
+    const Index sums = larger(most * Jobs(tokens, ranks, lanes).tokens, smaller(most * round_up(tokens, group), most_sums));
+    return sums + most * columns + (direct ? 0 : group * columns);
   }
 
-  /// Tokens [t0, t0 + n).
-  void run(Index t0, Index n, float* scratch) const {
+  void run(const Jobs& jobs, Index job, float* scratch) const {
+    const Index r = job % jobs.rank_jobs * jobs.ranks, t0 = job / jobs.rank_jobs * jobs.tokens;
+    const Index ranks = smaller(jobs.ranks, w.rows - r), padded = round_up(ranks, width);
+    const Index n = smaller(jobs.tokens, x.rows.rows - t0);
     float* const sums = scratch;
-    float* const block = sums + most * layout.padded();
-    for (Index i = 0; i < layout.sweeps(); ++i) {
-      for (Index t = 0; t < n; t += group) sweep(i, t0 + t, smaller(group, n - t), sums + t * layout.padded(), block);
+    float* const panels = sums + n * padded;
+    for (Index k = 0; k < w.cols; k += sweep) {
+      const Index columns = smaller(sweep, w.cols - k);
+      pack(w, r, ranks, k, columns, panels);
+      for (Index t = 0; t < n; t += group) {
+        tokens_by(t0 + t, smaller(group, n - t), k, columns, panels, padded, sums + t * padded,
+                  panels + padded * pitch(columns));
+      }
     }
+    const Packet factor = splat(scale);
     for (Index t = 0; t < n; ++t) {
-      const float* const from = sums + t * layout.padded();
-      float* const to = out.row(t0 + t);
-      for (Index j = 0; j < out.cols; ++j) to[j] = scale * from[j];
+      const float* const from = sums + t * padded;
+      float* const to = out.row(t0 + t) + r;
+      Index j = 0;
+      for (; j + width <= ranks; j += width) store(to + j, mul(factor, load(from + j)));
+      for (; j < ranks; ++j) to[j] = scale * from[j];
     }
   }
 
  private:
-  static Index pitch(const PanelLayout& layout) { return round_up(smaller(layout.sweep, layout.depth), width) + width; }
+  static constexpr Index pitch(Index columns) { return round_up(columns, width) + width; }
 
-  /// Columns of sweep i for g tokens from t on.
-  void sweep(Index i, Index t, Index g, float* sums, float* block) const {
-    const Index k = i * layout.sweep, n = layout.columns(i);
+  /// g tokens from t on × columns [k, k + n).
+  void tokens_by(Index t, Index g, Index k, Index n, const float* panels, Index padded, float* sums, float* block) const {
     const float* rows = block;
-    Index stride = pitch(layout);
+    Index stride = pitch(n);
     if (x.direct()) {
       if constexpr (std::is_same_v<X, float>) rows = x.rows.row(t) + k;
       stride = x.rows.stride;
     } else {
-      for (Index m = 0; m < g; ++m) x.convert(t + m, k, n, block + m * stride);
+      for (Index i = 0; i < g; ++i) x.convert(t + i, k, n, block + i * stride);
     }
-    for_panels(layout.ranks, [&](auto packets, Index begin) {
-      const float* const panel = panels + layout.offset(i, begin);
-      in_steps<RegisterTile::rows_of(packets)>(g, [&](auto m, Index first) {
-        tile<m, packets>(n, rows + first * stride, stride, panel, sums + first * layout.padded() + begin, i == 0);
+    for_panels(padded, [&](auto packets, Index begin) {
+      in_steps<RegisterTile::rows_of(packets)>(g, [&](auto m, Index i) {
+        tile<m, packets>(n, rows + i * stride, stride, panels + begin * n, sums + i * padded + begin, padded, k == 0);
       });
     });
   }
-  template <int M, int N>
-  [[gnu::flatten, gnu::noinline]] void tile(Index n, const float* rows, Index stride, const float* panel, float* sums,
-                                            bool first) const {
-    Tile<M, N> c;
+  template <int T, int N>
+  [[gnu::flatten, gnu::noinline]] static void tile(Index n, const float* rows, Index stride, const float* panel,
+                                                   float* sums, Index padded, bool first) {
+    Tile<T, N> c;
     if (first)
       c.clear();
     else
-      c.load_from(sums, layout.padded());
-    outer(n, Rows3<M>(rows, stride), panel, N * width, c);
-    c.store_to(sums, layout.padded());
+      c.load_from(sums, padded);
+    outer(n, Rows3<T>(rows, stride), panel, N * width, c);
+    c.store_to(sums, padded);
   }
 };
 
@@ -114,7 +141,7 @@ struct DotContraction {
   static constexpr int rows = RegisterTile::dot_rows;
   static constexpr Index most = 63;  // tokens in a job
 
-  static Index scratch(Index, Index depth, Index sweep) {
+  static Index scratch(Index depth, Index sweep) {
     return most * columns * width + rows * (round_up(smaller(sweep, depth), width) + width);
   }
 
@@ -150,7 +177,7 @@ struct DotContraction {
     if (k + sweep < w.cols)
       c.store_to(sums, N * width);
     else
-      c.each([&](int m, int n, Packet& v) { out(t + m, r + n) = scale * sum(v); });
+      c.each([&](int m, int n, Packet v) { out(t + m, r + n) = scale * sum(v); });
   }
 };
 

@@ -36,58 +36,50 @@ inline MatrixView<float> carve_lanes(Arena<>& arena, Index lanes, Index floats) 
   return arena.matrix<float>(lanes, round_up(floats, 16));
 }
 
-/// The weights of a contraction, ready for it.
+/// A contraction with the weights w [R, d].
 template <class W, Major M>
 struct Contraction {
-  MatrixView<const W, Space::host, M> w;  // [R, d]
-  PanelLayout layout;
-  float* panels = nullptr;  // none: the weights are read as they lie
-  Index lane = 0;           // floats
+  MatrixView<const W, Space::host, M> w;
 
-  /// `converted`: x is not read where it lies.
-  Contraction(Arena<>& arena, const Tuning& tuning, MatrixView<const W, Space::host, M> weights, Index tokens,
-              bool converted)
-      : w(weights), layout{w.rows, w.cols, round_up(tuning.sweep, width)} {
-    const bool many = class_of(tuning, tokens) == TokenClass::many;
-    if (w.rows == 0) return;
-    if (M == Major::row) lane = DotContraction<float, W>::scratch(w.rows, w.cols, layout.sweep);
-    if (M == Major::row && (!many || w.rows <= width / 2)) return;
-    panels = arena.take<float>(layout.size());
-    lane = larger(lane, PanelContraction<float>::scratch(layout, !converted));
-    packed_ = true;
+  /// Whether the weights are read as they lie.
+  bool by_dots(const Tuning& tuning, Index tokens) const {
+    return M == Major::row && (class_of(tuning, tokens) != TokenClass::many || w.rows <= width / 2);
+  }
+  /// Floats of a lane; `direct`: x is read where it lies.
+  template <class E>
+  Index scratch(const Backend<E>& be, Index tokens, bool direct) const {
+    const Index dots = M == Major::row ? DotContraction<float, W>::scratch(w.cols, be.tuning.sweep) : 0;
+    if (w.rows == 0 || by_dots(be.tuning, tokens)) return dots;
+    return larger(dots, PanelContraction<float, W, M>::scratch(be.tuning, tokens, w.rows, w.cols, be.lanes(), direct));
   }
 
   /// out [T, R] = scale · x̂ Wᵀ.
   template <class E, class X>
-  void run(const Backend<E>& be, const Input<X>& x, float scale, MatrixView<float> out, MatrixView<float> scratch) const {
+  void run(const Backend<E>& be, const Input<X>& x, float scale, MatrixView<float> out, MatrixView<float> lanes) const {
     const Index tokens = x.rows.rows;
     if (tokens == 0 || w.rows == 0) return;
-    if (packed_) {
-      pack(be, w, layout, panels);
-      const PanelContraction<X> job{x, layout, panels, scale, out};
-      const Cut cut(tokens, be.lanes(), job.most, job.group);
-      be.run(cut.jobs,
-             [&](Index i, Index lane_id) { job.run(cut.begin(i), cut.count(i, tokens), scratch.row(lane_id)); });
-      return;
-    }
     if constexpr (M == Major::row) {
-      const DotContraction<X, W> job{x, w, layout.sweep, scale, out};
-      const bool wake = tokens > few_tokens || w.rows * w.cols * Index{sizeof(W)} > be.tuning.serial_bytes;
-      const Index groups = blocks_of(w.rows, job.columns);
-      // Ranks first; tokens too where ranks do not keep all lanes busy.
-      const Index lanes = wake ? be.lanes() : 1;
-      const Cut cut(tokens, groups >= lanes ? 1 : blocks_of(lanes, groups), job.most, job.rows);
-      be.run(wake ? groups * cut.jobs : 1, [&](Index i, Index lane_id) {
-        for (Index g = wake ? i % groups : 0; g < (wake ? i % groups + 1 : groups); ++g) {
-          const Index r = g * job.columns, chunk = wake ? i / groups : 0;
-          job.run(cut.begin(chunk), cut.count(chunk, tokens), r, smaller(job.columns, w.rows - r), scratch.row(lane_id));
-        }
-      });
+      if (by_dots(be.tuning, tokens)) return run_dots(be, DotContraction<X, W>{x, w, be.tuning.sweep, scale, out}, lanes);
     }
+    const PanelContraction<X, W, M> contraction{x, w, be.tuning.sweep, scale, out};
+    const typename PanelContraction<X, W, M>::Jobs jobs(tokens, w.rows, be.lanes());
+    be.run(jobs.count(), [&](Index job, Index lane) { contraction.run(jobs, job, lanes.row(lane)); });
   }
 
  private:
-  bool packed_ = false;
+  template <class E, class X>
+  void run_dots(const Backend<E>& be, const DotContraction<X, W>& dots, MatrixView<float> lanes) const {
+    const Index tokens = dots.out.rows, groups = blocks_of(w.rows, dots.columns);
+    const bool wake = tokens > few_tokens || w.rows * w.cols * Index{sizeof(W)} > be.tuning.serial_bytes;
+    // Ranks first; tokens too where ranks do not keep all lanes busy.
+    const Cut cut(tokens, wake ? blocks_of(be.lanes(), groups) : 1, dots.most, dots.rows);
+    const auto job = [&](Index i, Index lane) {
+      const Index r = i % groups * dots.columns, chunk = i / groups;
+      dots.run(cut.begin(chunk), cut.count(chunk, tokens), r, smaller(dots.columns, w.rows - r), lanes.row(lane));
+    };
+    if (wake) return be.run(groups * cut.jobs, job);
+    for (Index i = 0; i < groups * cut.jobs; ++i) job(i, 0);
+  }
 };
 
 /// Runs a Spread over all of y.
@@ -162,10 +154,11 @@ struct FusedShrink {
   MatrixView<float> lanes;
 
   template <class E, class Op>
-  FusedShrink(Arena<>& arena, const Backend<E>& be, const Op& op)
-      : ranks(arena, be.tuning, op.A, op.x.rows, !std::is_same_v<X, float> || op.dropout.on()),
-        side(arena, be.tuning, op.side, op.x.rows, !std::is_same_v<X, float>),
-        lanes(carve_lanes(arena, be.lanes(), larger(ranks.lane, side.lane))) {}
+  FusedShrink(Arena<>& arena, const Backend<E>& be, const Op& op) : ranks{op.A}, side{op.side} {
+    const Input<X> dropped{op.x, op.dropout}, plain{op.x};
+    lanes = carve_lanes(arena, be.lanes(), larger(ranks.scratch(be, op.x.rows, dropped.direct()),
+                                                  side.scratch(be, op.x.rows, plain.direct())));
+  }
 
   template <class E, class Op>
   void run(const Backend<E>& be, const Op& op) const {
@@ -230,12 +223,13 @@ struct FusedExpandBackward {
 
   template <class E, class Op>
   FusedExpandBackward(Arena<>& arena, const Backend<E>& be, const Op& op)
-      : ranks(arena, be.tuning, op.B.transposed(), op.u.rows, !std::is_same_v<Y, float>),
+      : ranks{op.B.transposed()},
         gated(arena.matrix<float>(op.u.rows, op.B.cols)),
         dut(arena.matrix<float>(op.u.rows, op.B.cols)),
         by_token(loramix::detail::carve_contributions<float>(arena, op.gate, op.dgate)),
         lanes(carve_lanes(arena, be.lanes(),
-                          larger(ranks.lane, Sum::scratch(op.B.cols, be.tuning.tokens_per_sum, std::is_same_v<Y, float>)))) {}
+                          larger(ranks.scratch(be, op.u.rows, std::is_same_v<Y, float>),
+                                 Sum::scratch(op.B.cols, be.tuning.tokens_per_sum, std::is_same_v<Y, float>)))) {}
 
   template <class E, class Op>
   void run(const Backend<E>& be, const Op& op) const {

@@ -33,18 +33,23 @@ template <int M, int N>
 struct Tile {
   Packet c[M][N];
 
+  // Values go in and out of f, never their addresses: a tile whose address is taken leaves the registers.
   template <class F>
-  [[gnu::always_inline]] void each(F&& f) {
+  [[gnu::always_inline]] void each(F&& f) const {
     unroll<M>([&](auto m) { unroll<N>([&](auto n) { f(m, n, c[m][n]); }); });
   }
+  template <class F>
+  [[gnu::always_inline]] void set(F&& f) {
+    unroll<M>([&](auto m) { unroll<N>([&](auto n) { c[m][n] = f(m, n, c[m][n]); }); });
+  }
   [[gnu::always_inline]] void clear() {
-    each([](int, int, Packet& v) { v = splat(0); });
+    set([](int, int, Packet) { return splat(0); });
   }
   [[gnu::always_inline]] void load_from(const float* p, Index stride) {
-    each([&](int m, int n, Packet& v) { v = load(p + m * stride + n * width); });
+    set([&](int m, int n, Packet) { return load(p + m * stride + n * width); });
   }
-  [[gnu::always_inline]] void store_to(float* p, Index stride) {
-    each([&](int m, int n, Packet& v) { store(p + m * stride + n * width, v); });
+  [[gnu::always_inline]] void store_to(float* p, Index stride) const {
+    each([&](int m, int n, Packet v) { store(p + m * stride + n * width, v); });
   }
 };
 
@@ -119,13 +124,15 @@ template <int M, int N, class X, class W>
   if (k < depth) step([n = depth - k](const auto* p) { return load_part(p, n); }, k);
 }
 
-/// Runs f<M>(i) over [0, n) in steps of M, M falling from `Most` by halves for what is left.
+/// The next smaller number of rows that there is a tile for.
+constexpr int fewer_rows(int m) { return m > 8 ? 8 : m > 4 ? 4 : m > 2 ? 2 : 1; }
+
+/// Runs f<M>(i) over [0, n) in steps of `Most`, then of fewer for what is left.
 template <int Most, class F>
-[[gnu::always_inline]] inline void in_steps(Index n, F&& f) {
-  Index i = 0;
+[[gnu::always_inline]] inline void in_steps(Index n, F&& f, Index i = 0) {
   for (; i + Most <= n; i += Most) f(std::integral_constant<int, Most>{}, i);
   if constexpr (Most > 1) {
-    if (i < n) in_steps<Most / 2>(n - i, [&](auto m, Index j) { f(m, i + j); });
+    if (i < n) in_steps<fewer_rows(Most)>(n, f, i);
   }
 }
 

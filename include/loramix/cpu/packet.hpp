@@ -98,6 +98,9 @@ template <int N, class F>
   store_bits(p, h | (u >> 16 & 0x8000u));
 }
 
+/// Asks for the line of p; any address is legal.
+[[gnu::always_inline]] inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
 /// The first n lanes; zeros in the others.
 template <class T>
 inline Packet load_part(const T* p, Index n) {

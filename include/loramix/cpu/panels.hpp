@@ -1,10 +1,9 @@
 /// Weights in the order in which a contraction over features reads them.
 ///
-/// Computes:    panels of a [R, d] weight: for every sweep of columns [k, k + n), for every panel of ranks, n rows of the
-///              panel's ranks side by side, 16-bit values widened, zeros behind the last rank. Panels are 4, 2 or 1 packets
-///              wide, the widest first.
+/// Computes:    panels of a block [ranks, n] of a weight: for every panel of ranks, n rows of the panel's ranks side by side,
+///              16-bit values widened, zeros behind the last rank. Panels are 4, 2 or 1 packets wide, the widest first.
 /// Reads:       W [R, d] in either order.
-/// Writes:      panels [d · R rounded up to packets].
+/// Writes:      panels [n · ranks rounded up to packets].
 /// Errors:      none.
 /// Cost:        one pass over W; a quarter of a cycle per value where a rank's values are consecutive.
 /// Determinism: a copy.
@@ -30,38 +29,23 @@ template <int Packets = RegisterTile::wide, class F>
   }
 }
 
-/// Where things lie in packed weights.
-struct PanelLayout {
-  Index ranks = 0;  // R
-  Index depth = 0;  // d
-  Index sweep = 0;  // columns of one sweep
-
-  Index padded() const { return round_up(ranks, width); }
-  Index size() const { return padded() * depth; }
-  Index sweeps() const { return blocks_of(depth, sweep); }
-  Index columns(Index i) const { return smaller(sweep, depth - i * sweep); }
-  /// The panel that begins with rank `begin`, in sweep i.
-  Index offset(Index i, Index begin) const { return i * sweep * padded() + begin * columns(i); }
-};
-
 /// to[k · step + j] = w(r + j, k0 + k) for k in [0, n), j in [0, width); ranks from R on are zero.
 template <class W>
 void pack_packet(MatrixView<const W> w, Index r, Index k0, Index n, float* to, Index step) {
-  const Index ranks = smaller(width, w.rows - r);
-  for (Index k = 0; k < n; k += width) {
-    const Index columns = smaller(width, n - k);
+  const Index ranks = w.rows - r;
+  Index k = 0;
+  for (; ranks >= width && k + width <= n; k += width) {
+    const W* const from = w.row(r) + k0 + k;
     Packet block[width];
     unroll<width>([&](auto j) {
-      block[j] = splat(0);
-      if (j < ranks) {
-        const W* const from = w.row(r + j) + k0 + k;
-        block[j] = columns == width ? load(from) : load_part(from, columns);
-      }
+      block[j] = load(from + j * w.stride);
+      prefetch(from + j * w.stride + 8 * width);
     });
     transpose(block);
-    unroll<width>([&](auto j) {
-      if (j < columns) store(to + (k + j) * step, block[j]);
-    });
+    unroll<width>([&](auto j) { store(to + (k + j) * step, block[j]); });
+  }
+  for (; k < n; ++k) {  // the last ranks, the last columns
+    for (Index j = 0; j < width; ++j) to[k * step + j] = j < ranks ? widen<float>(w(r + j, k0 + k)) : 0.f;
   }
 }
 template <class W>
@@ -73,18 +57,13 @@ void pack_packet(MatrixView<const W, Space::host, Major::column> w, Index r, Ind
   }
 }
 
-/// All panels, in parallel.
-template <class E, class W, Major M>
-void pack(const Backend<E>& be, MatrixView<const W, Space::host, M> w, const PanelLayout& layout, float* panels) {
-  const Index packets = layout.padded() / width;
-  be.run(layout.sweeps() * packets, [&](Index job, Index) {
-    const Index i = job / packets, packet = job % packets;
-    for_panels(layout.ranks, [&](auto wide, Index begin) {
-      const Index inside = packet - begin / width;
-      if (inside < 0 || inside >= wide) return;
-      pack_packet(w, packet * width, i * layout.sweep, layout.columns(i),
-                  panels + layout.offset(i, begin) + inside * width, wide * width);
-    });
+/// The panels of ranks [r, r + ranks) × columns [k, k + n), one behind the other.
+template <class W, Major M>
+void pack(MatrixView<const W, Space::host, M> w, Index r, Index ranks, Index k, Index n, float* panels) {
+  for_panels(ranks, [&](auto packets, Index begin) {
+    for (int i = 0; i < packets; ++i) {
+      pack_packet(w, r + begin + i * width, k, n, panels + begin * n + i * width, packets * width);
+    }
   });
 }
 

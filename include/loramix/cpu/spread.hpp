@@ -48,11 +48,8 @@ struct Spread {
   /// Tokens [t0, t0 + n) × columns [c0, c0 + columns), at most one sweep.
   void run_packed(Index t0, Index n, Index c0, Index columns, float* scratch) const {
     const Index step = panel * ranks();
-    for (Index c = 0; c < columns; c += panel) {
-      float* const block = scratch + c / panel * step;
-      copy(first.w, c0 + c, smaller(panel, columns - c), block);
-      copy(second.w, c0 + c, smaller(panel, columns - c), block + panel * first.w.rows);
-    }
+    copy(first.w, c0, columns, scratch, step);
+    copy(second.w, c0, columns, scratch + panel * first.w.rows, step);
     std::uint8_t* const keep = reinterpret_cast<std::uint8_t*>(scratch + blocks_of(columns, panel) * step);
     in_steps<rows>(n, [&](auto m, Index i) {
       const Index t = t0 + i;
@@ -92,19 +89,23 @@ struct Spread {
   static Index mask_values(Index sweep) { return rows * mask_pitch(sweep) / 4 + width; }
   static const W* at(MatrixView<const W, Space::host, M> w, Index c) { return w.rows == 0 ? nullptr : &w(0, c); }
 
-  /// block[r][j] = w(r, c + j), zeros from n on.
-  static void copy(MatrixView<const W> w, Index c, Index n, float* block) {
-    for (Index r = 0; r < w.rows; ++r, block += panel) {
-      const W* const from = w.row(r) + c;
-      for (Index j = 0; j < panel; j += width) {
-        const Index left = n - j;
-        store(block + j, left >= width ? load(from + j) : left > 0 ? load_part(from + j, left) : splat(0));
+  /// to[c / panel · step + r · panel + c mod panel] = w(r, c0 + c), zeros in what is left of the last panel.
+  static void copy(MatrixView<const W> w, Index c0, Index columns, float* to, Index step) {
+    for (Index r = 0; r < w.rows; ++r, to += panel) {
+      const W* const from = w.row(r) + c0;
+      Index c = 0;
+      for (; c + panel <= columns; c += panel) {
+        float* const line = to + c / panel * step;
+        unroll<packets>([&](auto j) { store(line + j * width, load(from + c + j * width)); });
       }
+      float* const line = to + c / panel * step;
+      for (Index j = 0; c < columns && j < panel; ++j) line[j] = c + j < columns ? widen<float>(from[c + j]) : 0.f;
     }
   }
-  static void copy(MatrixView<const W, Space::host, Major::column> w, Index c, Index n, float* block) {
-    for (Index j = 0; j < panel; ++j) {
-      for (Index r = 0; r < w.rows; ++r) block[r * panel + j] = j < n ? widen<float>(w(r, c + j)) : 0.f;
+  static void copy(MatrixView<const W, Space::host, Major::column> w, Index c0, Index columns, float* to, Index step) {
+    for (Index c = 0; c < round_up(columns, panel); ++c) {
+      float* const line = to + c / panel * step + c % panel;
+      for (Index r = 0; r < w.rows; ++r) line[r * panel] = c < columns ? widen<float>(w(r, c0 + c)) : 0.f;
     }
   }
 
@@ -117,14 +118,14 @@ struct Spread {
     const Packet factor = splat(scale);
     if (dropout.on()) {
       const Packet kept = splat(scale * static_cast<float>(dropout.kept_scale()));
-      sum.each([&](int i, int j, Packet& v) { v = keep_lanes(mul(kept, v), keep.row(i), j * width); });
+      sum.set([&](int i, int j, Packet v) { return keep_lanes(mul(kept, v), keep.row(i), j * width); });
     } else {
-      sum.each([&](int, int, Packet& v) { v = mul(factor, v); });
+      sum.set([&](int, int, Packet v) { return mul(factor, v); });
     }
     if (second.w.rows != 0) {
       outer(second.w.rows, Rows3<T>(second.left.row(t), second.left.stride), w2, step2, sum);
     }
-    sum.each([&](int i, int j, Packet& v) {
+    sum.each([&](int i, int j, Packet v) {
       Y* const to = y.row(t + i) + c + j * width;
       const Index left = n - j * width;
       if (left >= width) {

@@ -15,6 +15,27 @@ inline namespace LORAMIX_ABI {
 namespace cpu {
 namespace detail {
 
+/// Asks for rows of x one after the other, two lines at each step: the prefetcher of the machine follows a row, and does not
+/// follow the columns of a panel.
+template <class X>
+struct RowWalk {
+  const X* row;
+  Index stride, rows, columns;
+  Index c = 0;
+
+  [[gnu::always_inline]] void step() {
+    if (rows <= 0) return;
+    prefetch(row + c);
+    prefetch(row + c + 64 / sizeof(X));
+    c += 128 / sizeof(X);
+    if (c >= columns) {
+      c = 0;
+      row += stride;
+      --rows;
+    }
+  }
+};
+
 template <class X, class G, Major M>
 struct TokenSum {
   MatrixView<const float> left;  // [T, R]
@@ -32,17 +53,21 @@ struct TokenSum {
   static constexpr Index few_ranks = 32;                    // up to here x is read where it lies
 
   static Index scratch(Index ranks, Index tokens_per_sum, bool direct) {
-    const Index block = direct ? panel : sweep + 8 * width;
-    return round_up(smaller(ranks, ranks_of_job), rows) * sweep + tokens_per_sum * block;
+    const Index block = direct ? panel : sweep + 8 * width, most = round_up(smaller(ranks, ranks_of_job), rows);
+    return most * sweep + tokens_per_sum * (block + most);
   }
 
   /// Ranks [r0, r0 + ranks) × columns [c0, c0 + columns), at most one job's.
   void run(Index r0, Index ranks, Index c0, Index columns, float* scratch) const {
     const Index tokens = left.rows, step = tokens_per_sum;
-    float* const block = scratch + round_up(smaller(out.rows, ranks_of_job), rows) * sweep;
+    float* const lefts = scratch + round_up(ranks, rows) * sweep;
+    float* const block = lefts + round_up(ranks, rows) * step;
     for (Index t = 0; t == 0 || t < tokens; t += step) {
       const Index n = smaller(step, tokens - t);
+      for (Index r = 0; r < ranks; r += rows) gather(t, n, r0 + r, smaller(rows, ranks - r), lefts + r * n);
       if (!x.direct()) convert(t, n, c0, columns, block);
+      const Index behind = smaller(step, tokens - t - n);  // tokens of the next tile
+      RowWalk<X> next{&x.rows.data[(t + n) * x.rows.stride + c0], x.rows.stride, x.direct() ? behind : 0, columns};
       for (Index c = 0; c < columns; c += panel) {
         const Index wide = smaller(panel, columns - c);
         const float* from = block + (x.direct() ? 0 : c / panel * n * panel);
@@ -56,13 +81,21 @@ struct TokenSum {
           }
         }
         in_steps<rows>(ranks, [&](auto m, Index r) {
-          tile<m, packets>(t, n, r0 + r, c0 + c, wide, from, from_step, scratch + r * sweep + c);
+          tile<m, packets>(t, n, r0 + r, c0 + c, wide, lefts + r / rows * rows * n + r % rows, from, from_step,
+                           scratch + r * sweep + c, next);
         });
       }
     }
   }
 
  private:
+  /// to[i][j] = left(t + i, r + j): what a tile reads lies together.
+  void gather(Index t, Index n, Index r, Index ranks, float* to) const {
+    for (Index i = 0; i < n; ++i, to += rows) {
+      const float* const from = left.row(t + i) + r;
+      for (Index j = 0; j < ranks; ++j) to[j] = from[j];
+    }
+  }
   /// block[i][j] = x[t + i][c + j], zeros from `wide` on.
   void copy(Index t, Index n, Index c, Index wide, float* block) const {
     for (Index i = 0; i < n; ++i, block += panel) {
@@ -86,37 +119,36 @@ struct TokenSum {
   }
 
   template <int R, int N>
-  [[gnu::flatten, gnu::noinline]] void tile(Index t, Index n, Index r, Index c, Index wide, const float* from,
-                                            Index step, float* sums) const {
+  [[gnu::flatten, gnu::noinline]] void tile(Index t, Index n, Index r, Index c, Index wide, const float* left_of,
+                                            const float* from, Index step, float* sums, RowWalk<X>& next) const {
     Tile<R, N> sum;
     if (t == 0)
       sum.clear();
     else
       sum.load_from(sums, sweep);
-    outer(n, Columns{left.data + t * left.stride + r, left.stride}, from, step, sum);
+    RowWalk<X> walk = next;
+    outer(n, Columns{left_of, rows}, from, step, sum, [&](Index) { walk.step(); });
+    next = walk;
     if (t + n < left.rows) {
       sum.store_to(sums, sweep);
       return;
     }
     const Packet factor = splat(scale);
     if constexpr (M == Major::row && std::is_same_v<G, float>) {
-      sum.each([&](int i, int j, Packet& v) {
-        float* const to = out.row(r + i) + c + j * width;
-        const Index rest = wide - j * width;
-        if (rest >= width) {
+      if (wide == N * width) {
+        sum.each([&](int i, int j, Packet v) {
+          float* const to = out.row(r + i) + c + j * width;
           store(to, into == Into::add ? fma(factor, v, load(to)) : mul(factor, v));
-        } else if (rest > 0) {
-          store_part(to, into == Into::add ? fma(factor, v, load_part(to, rest)) : mul(factor, v), rest);
-        }
-      });
-    } else {
-      float values[R][N * width];
-      sum.each([&](int i, int j, Packet& v) { store(values[i] + j * width, mul(factor, v)); });
-      for (Index i = 0; i < R; ++i) {
-        for (Index j = 0; j < wide; ++j) {
-          G& cell = out(r + i, c + j);
-          cell = narrow<G>(into == Into::add ? widen<float>(cell) + values[i][j] : values[i][j]);
-        }
+        });
+        return;
+      }
+    }
+    float values[R][N * width];
+    sum.each([&](int i, int j, Packet v) { store(values[i] + j * width, mul(factor, v)); });
+    for (Index i = 0; i < R; ++i) {
+      for (Index j = 0; j < wide; ++j) {
+        G& cell = out(r + i, c + j);
+        cell = narrow<G>(into == Into::add ? widen<float>(cell) + values[i][j] : values[i][j]);
       }
     }
   }
