@@ -123,7 +123,7 @@ struct PanelContraction {
       c.clear();
     else
       c.load_from(sums, padded);
-    outer(n, Rows3<T>(rows, stride), panel, N * width, c);
+    outer(n, Rows3<T>(rows, stride), Panel<float>{panel, N * width}, c);
     c.store_to(sums, padded);
   }
 };
@@ -168,11 +168,17 @@ struct DotContraction {
     else
       c.load_from(sums, N * width);
     if (x.dropout.on()) {
+      const float* from[M];
       const Index pitch = round_up(length, width) + width;
-      for (int m = 0; m < M; ++m) x.convert(t + m, k, length, block + m * pitch);
-      dot(length, block, pitch, w.row(r) + k, w.stride, c);
+      for (int m = 0; m < M; ++m) {
+        x.convert(t + m, k, length, block + m * pitch);
+        from[m] = block + m * pitch;
+      }
+      dot(length, from, w.row(r) + k, w.stride, c);
     } else {
-      dot(length, x.rows.row(t) + k, x.rows.stride, w.row(r) + k, w.stride, c);
+      const X* from[M];
+      for (int m = 0; m < M; ++m) from[m] = x.rows.row(t + m) + k;
+      dot(length, from, w.row(r) + k, w.stride, c);
     }
     if (k + sweep < w.cols)
       c.store_to(sums, N * width);

@@ -12,6 +12,7 @@
 #include <loramix/core/precision.hpp>
 #include <loramix/cpu/contract.hpp>
 #include <loramix/cpu/gate_rows.hpp>
+#include <loramix/cpu/grouped.hpp>
 #include <loramix/cpu/rows.hpp>
 #include <loramix/cpu/spread.hpp>
 #include <loramix/cpu/token_sum.hpp>
@@ -146,23 +147,87 @@ MatrixView<const float> gated_ranks(const Backend<E>& be, MatrixView<const float
   return gated;
 }
 
+/// Whether the open ranks are computed group by group: a matter of shapes. The form is one of U's ranks (not of a shared A).
+inline bool is_grouped(const Tuning& tuning, const GateForm<float>& gate, Index columns_of_u) {
+  if (!selects(gate) || columns_of_u != gate.ranks || tuning.grouping == Grouping::dense) return false;
+  if (tuning.grouping == Grouping::grouped) return true;
+  return grouping_pays(gate.ids.cols, gate.experts, gate.ranks);
+}
+
+/// out [T, R] = scale · x̂ Wᵀ where the selection is open, 0 elsewhere.
+template <class E, class X, class W, Major M>
+void run_grouped(const Backend<E>& be, const GroupedContraction<X, W, M>& job, MatrixView<float> lanes) {
+  const Selection& s = *job.selection;
+  if (job.by_dots(be.tuning, s, job.out.rows)) {
+    over_rows(be, job.out.rows, [&](Index t) {
+      for (Index j = 0; j < job.out.cols; ++j) job.out(t, j) = 0;
+    });
+    be.run(s.chunks() * s.groups(), [&](Index i, Index lane) { job.run_dots(i / s.groups(), i % s.groups(), lanes.row(lane)); });
+    return;
+  }
+  const Cut cut(s.chunks(), be.lanes(), job.most_chunks(s), 1);
+  be.run(cut.jobs, [&](Index i, Index lane) { job.run_packed(cut.begin(i), cut.count(i, s.chunks()), lanes.row(lane)); });
+}
+template <class E, class Y, class W, Major M>
+void run_grouped(const Backend<E>& be, const GroupedSpread<Y, W, M>& spread, MatrixView<float> lanes) {
+  const Selection& s = *spread.selection;
+  const Index tokens = spread.all.y.rows, columns = spread.all.y.cols;
+  const bool natural = M == Major::row && class_of(be.tuning, tokens) != TokenClass::many;
+  const Index sweep = Spread<Y, W, M>::sweep_of(be.tuning, spread.all.ranks());
+  const Index lanes_used = be.lanes();
+  const Index wide = natural ? smaller(sweep, round_up(blocks_of(columns, lanes_used), column_panel)) : sweep;
+  const Index blocks = blocks_of(columns, wide);
+  const Cut cut(s.chunks(), lanes_used == 1 ? 1 : blocks_of(4 * lanes_used, blocks), s.chunks(), 1);
+  be.run(blocks * cut.jobs, [&](Index i, Index lane) {
+    const Index c = i % blocks * wide, chunk = i / blocks;
+    spread.run(cut.begin(chunk), cut.count(chunk, s.chunks()), c, smaller(wide, columns - c), natural, lanes.row(lane));
+  });
+}
+template <class E, class X, class G, Major M>
+void run_grouped(const Backend<E>& be, const GroupedTokenSum<X, G, M>& sum, MatrixView<float> lanes) {
+  if (sum.out.data == nullptr || sum.out.empty()) return;
+  const Selection& s = *sum.selection;
+  const Index groups = sum.groups_of_job(s), group_jobs = blocks_of(s.groups(), groups);
+  const Cut columns(sum.out.cols, blocks_of(be.lanes(), group_jobs), sum.sweep, 24 * width);
+  const Index wide = smaller(sum.sweep, columns.size), blocks = blocks_of(sum.out.cols, wide);
+  be.run(blocks * group_jobs, [&](Index i, Index lane) {
+    const Index c = i % blocks * wide, g = i / blocks * groups;
+    sum.run(g, smaller(groups, s.groups() - g), c, smaller(wide, sum.out.cols - c), lanes.row(lane));
+  });
+}
+
 // ---- shrink -------------------------------------------------------------------------------------------------------
 
 template <class X, class W>
 struct FusedShrink {
   Contraction<W, Major::row> ranks, side;
+  bool grouped;
+  Selection selection;
   MatrixView<float> lanes;
 
+  using Grouped = GroupedContraction<X, W, Major::row>;
+
   template <class E, class Op>
-  FusedShrink(Arena<>& arena, const Backend<E>& be, const Op& op) : ranks{op.A}, side{op.side} {
+  FusedShrink(Arena<>& arena, const Backend<E>& be, const Op& op)
+      : ranks{op.A}, side{op.side}, grouped(op.select.tokens != 0 && is_grouped(be.tuning, op.select, op.A.rows)) {
     const Input<X> dropped{op.x, op.dropout}, plain{op.x};
-    lanes = carve_lanes(arena, be.lanes(), larger(ranks.scratch(be, op.x.rows, dropped.direct()),
-                                                  side.scratch(be, op.x.rows, plain.direct())));
+    Index floats = larger(ranks.scratch(be, op.x.rows, dropped.direct()), side.scratch(be, op.x.rows, plain.direct()));
+    if (grouped) {
+      selection = Selection(arena, op.select);
+      floats = larger(floats, Grouped::scratch(be.tuning, selection, op.A.cols, dropped.direct()));
+    }
+    lanes = carve_lanes(arena, be.lanes(), floats);
   }
 
   template <class E, class Op>
   void run(const Backend<E>& be, const Op& op) const {
-    ranks.run(be, Input<X>{op.x, op.dropout}, 1.f, op.u, lanes);
+    const Input<X> dropped{op.x, op.dropout};
+    if (grouped && op.x.rows != 0) {
+      selection.build(be);
+      run_grouped(be, Grouped{dropped, op.A, &selection, be.tuning.sweep, 1.f, op.u}, lanes);
+    } else {
+      ranks.run(be, dropped, 1.f, op.u, lanes);
+    }
     side.run(be, Input<X>{op.x}, 1.f, op.h, lanes);
   }
 };
@@ -170,23 +235,43 @@ struct FusedShrink {
 template <class X, class W, class G>
 struct FusedShrinkBackward {
   using Sum = TokenSum<X, G, Major::row>;
+  using GroupedSum = GroupedTokenSum<X, G, Major::row>;
+  using Back = Spread<X, W, Major::row>;
+  bool grouped;
+  Selection selection;
   MatrixView<float> lanes;
 
   template <class E, class Op>
-  FusedShrinkBackward(Arena<>& arena, const Backend<E>& be, const Op& op) {
+  FusedShrinkBackward(Arena<>& arena, const Backend<E>& be, const Op& op)
+      : grouped(op.select.tokens != 0 && is_grouped(be.tuning, op.select, op.A.rows)) {
     const bool direct = std::is_same_v<X, float> && !op.dropout.on();
-    const Index ranks = larger(op.A.rows, op.side.rows);
-    lanes = carve_lanes(arena, be.lanes(), larger(Sum::scratch(ranks, be.tuning.tokens_per_sum, direct),
-                                                  spread_scratch<X, W, Major::row>(be.tuning, op.A.rows + op.side.rows)));
+    const Index ranks = op.A.rows + op.side.rows, sweep = Back::sweep_of(be.tuning, ranks);
+    Index floats = larger(Sum::scratch(larger(op.A.rows, op.side.rows), be.tuning.tokens_per_sum, direct),
+                          Back::scratch(ranks, sweep));
+    if (grouped) {
+      selection = Selection(arena, op.select);
+      floats = larger(floats, larger(GroupedSum::scratch(selection),
+                                     GroupedSpread<X, W, Major::row>::scratch(ranks, sweep)));
+    }
+    lanes = carve_lanes(arena, be.lanes(), floats);
   }
 
   template <class E, class Op>
   void run(const Backend<E>& be, const Op& op) const {
     const Index step = be.tuning.tokens_per_sum;
-    run_token_sum(be, Sum{op.du, {op.x, op.dropout}, 1.f, op.parameters, op.dA, step}, lanes);
+    const Input<X> dropped{op.x, op.dropout};
+    const Back back{{op.du, op.A}, {op.dh, op.side}, op.dropout, 1.f, op.input, op.dx};
+    if (grouped) selection.build(be);
+    if (grouped)
+      run_grouped(be, GroupedSum{op.du, dropped, 1.f, op.parameters, op.dA, &selection}, lanes);
+    else
+      run_token_sum(be, Sum{op.du, dropped, 1.f, op.parameters, op.dA, step}, lanes);
     run_token_sum(be, Sum{op.dh, {op.x}, 1.f, op.parameters, op.dside, step}, lanes);
-    if (op.dx.data == nullptr) return;
-    run_spread(be, Spread<X, W, Major::row>{{op.du, op.A}, {op.dh, op.side}, op.dropout, 1.f, op.input, op.dx}, lanes);
+    if (op.dx.data == nullptr || op.dx.empty()) return;
+    if (grouped)
+      run_grouped(be, GroupedSpread<X, W, Major::row>{back, &selection}, lanes);
+    else
+      run_spread(be, back, lanes);
   }
 };
 
@@ -197,45 +282,72 @@ constexpr Major transposed(Major m) { return m == Major::row ? Major::column : M
 
 template <class W, class Y, Major M>
 struct FusedExpand {
+  using Out = Spread<Y, W, transposed(M)>;
+  using GroupedOut = GroupedSpread<Y, W, transposed(M)>;
+  bool grouped;
   MatrixView<float> gated;  // [T, R]
+  Selection selection;
   MatrixView<float> lanes;
 
   template <class E, class Op>
   FusedExpand(Arena<>& arena, const Backend<E>& be, const Op& op)
-      : gated(arena.matrix<float>(op.u.rows, op.B.cols)),
-        lanes(carve_lanes(arena, be.lanes(), spread_scratch<Y, W, transposed(M)>(be.tuning, op.B.cols))) {}
+      : grouped(is_grouped(be.tuning, op.gate, op.u.cols)), gated(arena.matrix<float>(op.u.rows, op.B.cols)) {
+    const Index sweep = Out::sweep_of(be.tuning, op.B.cols);
+    if (grouped) selection = Selection(arena, op.gate);
+    lanes = carve_lanes(arena, be.lanes(), larger(Out::scratch(op.B.cols, sweep), GroupedOut::scratch(op.B.cols, sweep)));
+  }
 
   template <class E, class Op>
   void run(const Backend<E>& be, const Op& op) const {
+    if (op.y.empty()) return;
     const auto left = gated_ranks(be, op.u, op.gate, gated);
-    run_spread(be, Spread<Y, W, transposed(M)>{{left, op.B.transposed()}, {}, {}, op.scale, op.into, op.y}, lanes);
+    const Out out{{left, op.B.transposed()}, {}, {}, op.scale, op.into, op.y};
+    if (!grouped) return run_spread(be, out, lanes);
+    selection.build(be);
+    run_grouped(be, GroupedOut{out, &selection}, lanes);
   }
 };
 
 template <class W, class Y, class G, Major M>
 struct FusedExpandBackward {
   using Sum = TokenSum<Y, G, transposed(M)>;
+  using GroupedSum = GroupedTokenSum<Y, G, transposed(M)>;
+  using Grouped = GroupedContraction<Y, W, transposed(M)>;
   Contraction<W, transposed(M)> ranks;
+  bool grouped;
   MatrixView<float> gated;  // [T, R] ũ
   MatrixView<float> dut;    // [T, R] dŨ
   loramix::detail::GateContributions<float, Space::host> by_token;
+  Selection selection;
   MatrixView<float> lanes;
 
   template <class E, class Op>
   FusedExpandBackward(Arena<>& arena, const Backend<E>& be, const Op& op)
       : ranks{op.B.transposed()},
+        grouped(is_grouped(be.tuning, op.gate, op.u.cols)),
         gated(arena.matrix<float>(op.u.rows, op.B.cols)),
         dut(arena.matrix<float>(op.u.rows, op.B.cols)),
-        by_token(loramix::detail::carve_contributions<float>(arena, op.gate, op.dgate)),
-        lanes(carve_lanes(arena, be.lanes(),
-                          larger(ranks.scratch(be, op.u.rows, std::is_same_v<Y, float>),
-                                 Sum::scratch(op.B.cols, be.tuning.tokens_per_sum, std::is_same_v<Y, float>)))) {}
+        by_token(loramix::detail::carve_contributions<float>(arena, op.gate, op.dgate)) {
+    constexpr bool direct = std::is_same_v<Y, float>;
+    Index floats = larger(ranks.scratch(be, op.u.rows, direct),
+                          Sum::scratch(op.B.cols, be.tuning.tokens_per_sum, direct));
+    if (grouped) {
+      selection = Selection(arena, op.gate);
+      floats = larger(floats, larger(Grouped::scratch(be.tuning, selection, op.dy.cols, direct), GroupedSum::scratch(selection)));
+    }
+    lanes = carve_lanes(arena, be.lanes(), floats);
+  }
 
   template <class E, class Op>
   void run(const Backend<E>& be, const Op& op) const {
     const Input<Y> dy{op.dy};
     const bool open = is_open(op.gate, op.u.cols) && op.dgate.values.data == nullptr;
-    ranks.run(be, dy, op.scale, open ? op.du : dut, lanes);
+    if (grouped && op.u.rows != 0) {
+      selection.build(be);
+      run_grouped(be, Grouped{dy, op.B.transposed(), &selection, be.tuning.sweep, op.scale, dut}, lanes);
+    } else {
+      ranks.run(be, dy, op.scale, open ? op.du : dut, lanes);
+    }
     if (!open) {
       over_rows(be, op.u.rows, [&](Index t) {
         gate_row_backward(op.gate, t, op.u.row(t), op.u.cols, dut.row(t),
@@ -243,9 +355,12 @@ struct FusedExpandBackward {
       });
       loramix::detail::sum_contributions(be, op.gate, by_token, op.dgate, op.parameters, op.gate_values);
     }
-    if (op.dB.data == nullptr) return;
+    if (op.dB.data == nullptr || op.dB.empty()) return;
     const auto left = gated_ranks(be, op.u, op.gate, gated);
-    run_token_sum(be, Sum{left, dy, op.scale, op.parameters, op.dB.transposed(), be.tuning.tokens_per_sum}, lanes);
+    if (grouped)
+      run_grouped(be, GroupedSum{left, dy, op.scale, op.parameters, op.dB.transposed(), &selection}, lanes);
+    else
+      run_token_sum(be, Sum{left, dy, op.scale, op.parameters, op.dB.transposed(), be.tuning.tokens_per_sum}, lanes);
   }
 };
 

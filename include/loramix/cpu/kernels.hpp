@@ -4,8 +4,8 @@
 ///   dot     c[m, r] += Σ_k x[m, k] · w[r, k]        vectors along k; for few ranks, and weights in their own order
 ///
 /// Computes:    M × N packets (outer) or M × N sums (dot), held in registers; which M and N, `RegisterTile` says.
-/// Parameters:  a: rows of numbers, consecutive in k (Rows, RowList) or in m (Columns); panel [K, N·width] with a step
-///              between rows; x [M, K], w [N, K].
+/// Parameters:  a: rows of numbers, consecutive in k (Rows3, RowList) or in m (Columns); panel: K rows of N packets (Panel,
+///              PacketPanel, PanelList); x: M rows [K], w [N, K].
 /// Errors:      none.
 /// Cost:        M·N multiply-adds and M + N loads per k (outer) or per `width` k (dot).
 /// Determinism: an element's sum does not depend on M, N or on its place in the tile.
@@ -70,8 +70,10 @@ struct Rows3 {
 template <int M>
 struct RowList {
   const float* p[M];
-  [[gnu::always_inline]] explicit RowList(const float* const* rows) {
-    unroll<M>([&](auto m) { p[m] = rows[m]; });
+  /// f(m): the address of row m.
+  template <class F>
+  [[gnu::always_inline]] explicit RowList(const F& f) {
+    unroll<M>([&](auto m) { p[m] = f(m); });
   }
   template <int m>
   [[gnu::always_inline]] float at(Index k) const {
@@ -88,18 +90,40 @@ struct Columns {
   }
 };
 
+/// Row k of a panel, `step` apart; its packets side by side.
+template <class W>
+struct Panel {
+  const W* p;
+  Index step;
+  static constexpr Index between = width;
+  [[gnu::always_inline]] const W* row(Index k) const { return p + k * step; }
+};
+/// Row k of a panel whose packets lie `between` apart, each with its own rows together.
+struct PacketPanel {
+  const float* p;
+  Index between;
+  [[gnu::always_inline]] const float* row(Index k) const { return p + k * width; }
+};
+/// Row k of a panel where a list says, from column c on.
+struct PanelList {
+  const float* const* rows;
+  Index c;
+  static constexpr Index between = width;
+  [[gnu::always_inline]] const float* row(Index k) const { return rows[k] + c; }
+};
+
 struct NoHint {
   void operator()(Index) const {}
 };
 
 /// tile += a · panel. `hint(k)` comes before each step: prefetches.
-template <int M, int N, class A, class W, class Hint = NoHint>
-[[gnu::always_inline]] inline void outer(Index depth, const A& a, const W* panel, Index step, Tile<M, N>& tile,
-                                         const Hint& hint = {}) {
-  for (Index k = 0; k < depth; ++k, panel += step) {
+template <int M, int N, class A, class B, class Hint = NoHint>
+[[gnu::always_inline]] inline void outer(Index depth, const A& a, const B& panel, Tile<M, N>& tile, Hint&& hint = {}) {
+  for (Index k = 0; k < depth; ++k) {
     hint(k);
+    const auto* const row = panel.row(k);
     Packet b[N];
-    unroll<N>([&](auto n) { b[n] = load(panel + n * width); });
+    unroll<N>([&](auto n) { b[n] = load(row + n * panel.between); });
     unroll<M>([&](auto m) {
       const Packet v = splat(a.template at<m>(k));
       unroll<N>([&](auto n) { tile.c[m][n] = fma(v, b[n], tile.c[m][n]); });
@@ -107,13 +131,13 @@ template <int M, int N, class A, class W, class Hint = NoHint>
   }
 }
 
-/// tile[m][r] += x[m, k…] ∘ w[r, k…], lane by lane; what is behind the last whole packet is padded with zeros.
+/// tile[m][r] += x[m][k…] ∘ w[r, k…], lane by lane; what is behind the last whole packet is padded with zeros.
 template <int M, int N, class X, class W>
-[[gnu::always_inline]] inline void dot(Index depth, const X* x, Index x_stride, const W* w, Index w_stride,
+[[gnu::always_inline]] inline void dot(Index depth, const X* const (&x)[M], const W* w, Index w_stride,
                                        Tile<M, N>& tile) {
   const auto step = [&](const auto& from, Index k) __attribute__((always_inline)) {
     Packet a[M];
-    unroll<M>([&](auto m) { a[m] = from(x + m * x_stride + k); });
+    unroll<M>([&](auto m) { a[m] = from(x[m] + k); });
     unroll<N>([&](auto n) {
       const Packet b = from(w + n * w_stride + k);
       unroll<M>([&](auto m) { tile.c[m][n] = fma(a[m], b, tile.c[m][n]); });
@@ -123,6 +147,29 @@ template <int M, int N, class X, class W>
   for (; k + width <= depth; k += width) step([](const auto* p) { return load(p); }, k);
   if (k < depth) step([n = depth - k](const auto* p) { return load_part(p, n); }, k);
 }
+
+/// Asks for rows of x one after the other, two lines at each step, while something else is computed: the prefetcher of the
+/// machine follows a row, and does not follow the columns of a panel.
+template <class X>
+struct RowWalk {
+  const X* row = nullptr;
+  Index stride = 0, rows = 0, columns = 0;
+  Index c = 0;
+
+  /// To be called at every k: acts at every `Every`-th, so that lines come as fast as they are used, not faster.
+  template <int Every>
+  [[gnu::always_inline]] void step(Index k) {
+    if (k % Every != 0 || rows <= 0) return;
+    prefetch(row + c);
+    prefetch(row + c + 64 / sizeof(X));
+    c += 128 / sizeof(X);
+    if (c >= columns) {
+      c = 0;
+      row += stride;
+      --rows;
+    }
+  }
+};
 
 /// The next smaller number of rows that there is a tile for.
 constexpr int fewer_rows(int m) { return m > 8 ? 8 : m > 4 ? 4 : m > 2 ? 2 : 1; }

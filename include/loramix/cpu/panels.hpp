@@ -67,6 +67,31 @@ void pack(MatrixView<const W, Space::host, M> w, Index r, Index ranks, Index k, 
   });
 }
 
+/// Columns of a panel of weights in rank-major order.
+inline constexpr Index column_panel = RegisterTile::wide * width;
+
+/// to[c / column_panel · step + r · column_panel + c mod column_panel] = w(r, c0 + c); zeros in what is left of the last panel.
+template <class W>
+void copy_panels(MatrixView<const W> w, Index c0, Index columns, float* to, Index step) {
+  for (Index r = 0; r < w.rows; ++r, to += column_panel) {
+    const W* const from = w.row(r) + c0;
+    Index c = 0;
+    for (; c + column_panel <= columns; c += column_panel) {
+      float* const line = to + c / column_panel * step;
+      unroll<RegisterTile::wide>([&](auto j) { store(line + j * width, load(from + c + j * width)); });
+    }
+    float* const line = to + c / column_panel * step;
+    for (Index j = 0; c < columns && j < column_panel; ++j) line[j] = c + j < columns ? widen<float>(from[c + j]) : 0.f;
+  }
+}
+template <class W>
+void copy_panels(MatrixView<const W, Space::host, Major::column> w, Index c0, Index columns, float* to, Index step) {
+  for (Index c = 0; c < round_up(columns, column_panel); ++c) {
+    float* const line = to + c / column_panel * step + c % column_panel;
+    for (Index r = 0; r < w.rows; ++r) line[r * column_panel] = c < columns ? widen<float>(w(r, c0 + c)) : 0.f;
+  }
+}
+
 }  // namespace detail
 }  // namespace cpu
 }  // namespace LORAMIX_ABI

@@ -35,7 +35,7 @@ struct Spread {
 
   static constexpr int packets = RegisterTile::wide;
   static constexpr int rows = RegisterTile::rows_of(packets);
-  static constexpr Index panel = packets * width;  // columns
+  static constexpr Index panel = column_panel;
 
   Index ranks() const { return first.w.rows + second.w.rows; }
 
@@ -48,8 +48,8 @@ struct Spread {
   /// Tokens [t0, t0 + n) × columns [c0, c0 + columns), at most one sweep.
   void run_packed(Index t0, Index n, Index c0, Index columns, float* scratch) const {
     const Index step = panel * ranks();
-    copy(first.w, c0, columns, scratch, step);
-    copy(second.w, c0, columns, scratch + panel * first.w.rows, step);
+    copy_panels(first.w, c0, columns, scratch, step);
+    copy_panels(second.w, c0, columns, scratch + panel * first.w.rows, step);
     std::uint8_t* const keep = reinterpret_cast<std::uint8_t*>(scratch + blocks_of(columns, panel) * step);
     in_steps<rows>(n, [&](auto m, Index i) {
       const Index t = t0 + i;
@@ -89,32 +89,12 @@ struct Spread {
   static Index mask_values(Index sweep) { return rows * mask_pitch(sweep) / 4 + width; }
   static const W* at(MatrixView<const W, Space::host, M> w, Index c) { return w.rows == 0 ? nullptr : &w(0, c); }
 
-  /// to[c / panel · step + r · panel + c mod panel] = w(r, c0 + c), zeros in what is left of the last panel.
-  static void copy(MatrixView<const W> w, Index c0, Index columns, float* to, Index step) {
-    for (Index r = 0; r < w.rows; ++r, to += panel) {
-      const W* const from = w.row(r) + c0;
-      Index c = 0;
-      for (; c + panel <= columns; c += panel) {
-        float* const line = to + c / panel * step;
-        unroll<packets>([&](auto j) { store(line + j * width, load(from + c + j * width)); });
-      }
-      float* const line = to + c / panel * step;
-      for (Index j = 0; c < columns && j < panel; ++j) line[j] = c + j < columns ? widen<float>(from[c + j]) : 0.f;
-    }
-  }
-  static void copy(MatrixView<const W, Space::host, Major::column> w, Index c0, Index columns, float* to, Index step) {
-    for (Index c = 0; c < round_up(columns, panel); ++c) {
-      float* const line = to + c / panel * step + c % panel;
-      for (Index r = 0; r < w.rows; ++r) line[r * panel] = c < columns ? widen<float>(w(r, c0 + c)) : 0.f;
-    }
-  }
-
   template <int T, int N, class Weight>
   [[gnu::flatten, gnu::noinline]] void tile(Index t, Index c, Index n, const Weight* w1, Index step1, const Weight* w2,
                                             Index step2, MatrixView<const std::uint8_t> keep) const {
     Tile<T, N> sum;
     sum.clear();
-    outer(first.w.rows, Rows3<T>(first.left.row(t), first.left.stride), w1, step1, sum);
+    outer(first.w.rows, Rows3<T>(first.left.row(t), first.left.stride), Panel<Weight>{w1, step1}, sum);
     const Packet factor = splat(scale);
     if (dropout.on()) {
       const Packet kept = splat(scale * static_cast<float>(dropout.kept_scale()));
@@ -123,7 +103,7 @@ struct Spread {
       sum.set([&](int, int, Packet v) { return mul(factor, v); });
     }
     if (second.w.rows != 0) {
-      outer(second.w.rows, Rows3<T>(second.left.row(t), second.left.stride), w2, step2, sum);
+      outer(second.w.rows, Rows3<T>(second.left.row(t), second.left.stride), Panel<Weight>{w2, step2}, sum);
     }
     sum.each([&](int i, int j, Packet v) {
       Y* const to = y.row(t + i) + c + j * width;

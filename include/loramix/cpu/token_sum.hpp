@@ -15,27 +15,6 @@ inline namespace LORAMIX_ABI {
 namespace cpu {
 namespace detail {
 
-/// Asks for rows of x one after the other, two lines at each step: the prefetcher of the machine follows a row, and does not
-/// follow the columns of a panel.
-template <class X>
-struct RowWalk {
-  const X* row;
-  Index stride, rows, columns;
-  Index c = 0;
-
-  [[gnu::always_inline]] void step() {
-    if (rows <= 0) return;
-    prefetch(row + c);
-    prefetch(row + c + 64 / sizeof(X));
-    c += 128 / sizeof(X);
-    if (c >= columns) {
-      c = 0;
-      row += stride;
-      --rows;
-    }
-  }
-};
-
 template <class X, class G, Major M>
 struct TokenSum {
   MatrixView<const float> left;  // [T, R]
@@ -67,7 +46,7 @@ struct TokenSum {
       for (Index r = 0; r < ranks; r += rows) gather(t, n, r0 + r, smaller(rows, ranks - r), lefts + r * n);
       if (!x.direct()) convert(t, n, c0, columns, block);
       const Index behind = smaller(step, tokens - t - n);  // tokens of the next tile
-      RowWalk<X> next{&x.rows.data[(t + n) * x.rows.stride + c0], x.rows.stride, x.direct() ? behind : 0, columns};
+      RowWalk<X> next{x.rows.data + (t + n) * x.rows.stride + c0, x.rows.stride, x.direct() ? behind : 0, columns};
       for (Index c = 0; c < columns; c += panel) {
         const Index wide = smaller(panel, columns - c);
         const float* from = block + (x.direct() ? 0 : c / panel * n * panel);
@@ -127,7 +106,7 @@ struct TokenSum {
     else
       sum.load_from(sums, sweep);
     RowWalk<X> walk = next;
-    outer(n, Columns{left_of, rows}, from, step, sum, [&](Index) { walk.step(); });
+    outer(n, Columns{left_of, rows}, Panel<float>{from, step}, sum, [&](Index k) { walk.template step<1>(k); });
     next = walk;
     if (t + n < left.rows) {
       sum.store_to(sums, sweep);

@@ -4,7 +4,8 @@
 ///              dA (+)= dUᵀ X̂,  dside (+)= dHᵀ X,  dX (+)= (dU A) ∘ keep / (1 − p̄) + dH side             (backward)
 /// Source:      MATH.md section 1; LoRA, Hu et al. 2021, equation 3. Side rows: a router's, which sees X, never X̂.
 /// Reads:       A [R_a, d_in], side [n, d_in] (may be empty), x [T, d_in]; backward also dU [T, R_a], dH [T, n].
-/// Writes:      U [T, R_a] and H [T, n], assigned.
+/// Writes:      U [T, R_a] and H [T, n], assigned. Where `select` is given, a rank that it closes may be left 0: nothing reads
+///              it, and a backend need not compute it.
 /// Adds to:     dA [R_a, d_in], dside [n, d_in], dX [T, d_in], or assigns with Into::set. An empty view is not wanted.
 /// Errors:      shape, stride, null, alias, overflow; small workspace.
 /// Cost:        2·T·(R_a + n)·d_in flop forward, twice to three times that backward; one pass over x and one over dX.
@@ -12,6 +13,7 @@
 /// Example:     examples/engine (tensor parallel: shrink, all-reduce, expand)
 #pragma once
 #include <loramix/core/draws.hpp>
+#include <loramix/gate/form.hpp>
 #include <loramix/ops/execute.hpp>
 
 namespace loramix {
@@ -26,8 +28,9 @@ struct Shrink {
   MatrixView<const W, S> side;  // [n, d_in]
   MatrixView<const X, S> x;     // [T, d_in]
   Dropout dropout;
-  MatrixView<Acc, S> u;    // [T, R_a]
-  MatrixView<Score, S> h;  // [T, n]
+  MatrixView<Acc, S> u;            // [T, R_a]
+  MatrixView<Score, S> h;          // [T, n]
+  GateForm<Score, S> select{};     // what will be read of U; no tokens: everything
 
   void check() const {
     check::view(name, "A", A);
@@ -43,6 +46,7 @@ struct Shrink {
     check::disjoint(name, "h", h, "A", A);
     check::disjoint(name, "h", h, "side", side);
     check::disjoint(name, "h", h, "u", u);
+    if (select.tokens != 0) check_form(name, select, x.rows, A.rows);
   }
 };
 
@@ -62,6 +66,7 @@ struct ShrinkBackward {
   MatrixView<X, S> dx{};          // [T, d_in] or empty
   Into parameters = Into::add;
   Into input = Into::add;
+  GateForm<Score, S> select{};  // where dU may differ from 0; no tokens: everywhere
 
   void check() const {
     check::view(name, "A", A);
@@ -91,6 +96,7 @@ struct ShrinkBackward {
     check::disjoint(name, "dA", dA, "dside", dside);
     check::disjoint(name, "dA", dA, "dx", dx);
     check::disjoint(name, "dside", dside, "dx", dx);
+    if (select.tokens != 0) check_form(name, select, x.rows, A.rows);
   }
 };
 

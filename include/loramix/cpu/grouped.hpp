@@ -1,0 +1,453 @@
+/// The three products for gates that close most experts: tokens are taken group by group (cpu/selection.hpp), by the
+/// addresses of their rows; nothing is gathered.
+///
+/// Computes:    what cpu/contract.hpp, cpu/spread.hpp and cpu/token_sum.hpp compute, for the open ranks only.
+/// Reads:       as they do; U and dU of closed ranks are neither read nor computed.
+/// Writes:      U [T, R] with 0 in closed ranks; y, dA, dB as they do.
+/// Errors:      none.
+/// Cost:        the open ranks' multiply-adds, and for every group of a token one more read and write of its row in L2.
+/// Determinism: a token's groups are summed in ascending order, whatever the other tokens chose.
+/// Example:     ops/shrink.hpp
+#pragma once
+#include <loramix/cpu/selection.hpp>
+#include <loramix/cpu/spread.hpp>
+#include <loramix/cpu/token_sum.hpp>
+
+namespace loramix {
+inline namespace LORAMIX_ABI {
+namespace cpu {
+namespace detail {
+
+/// Rows of a tile that is addressed row by row: as many as there are address registers for.
+constexpr int listed_rows(int packets) { return smaller(RegisterTile::rows_of(packets), RegisterTile::many ? 8 : 6); }
+
+/// out[t, open ranks] = scale · x̂ Wᵀ.
+template <class X, class W, Major M>
+struct GroupedContraction {
+  Input<X> x;
+  MatrixView<const W, Space::host, M> w;  // [R, d]
+  const Selection* selection;
+  Index sweep;
+  float scale;
+  MatrixView<float> out;  // [T, R]
+
+  static constexpr int dot_rows = RegisterTile::dot_rows, dot_columns = RegisterTile::dot_columns;
+
+  /// Whether the weights are read as they lie.
+  static bool by_dots(const Tuning& tuning, const Selection& s, Index tokens) {
+    return M == Major::row && (class_of(tuning, tokens) != TokenClass::many || s.most_ranks() <= width / 2);
+  }
+  static Index scratch(const Tuning& tuning, const Selection& s, Index depth, bool direct) {
+    const Index columns = pitch(smaller(tuning.sweep, depth));
+    const Index block = direct ? 0 : Selection::chunk * columns;
+    const Index dots = Selection::chunk * dot_columns * width;
+    return block + larger(dots, larger(sums_of(s), most_sums) + packets_of(s) * width * columns);
+  }
+  /// Chunks of one job.
+  static Index most_chunks(const Selection& s) { return larger(1, most_sums / larger(1, sums_of(s))); }
+
+  /// Chunks [c0, c0 + n) by packed weights.
+  void run_packed(Index c0, Index n, float* scratch) const {
+    const Selection& s = *selection;
+    const Index per_chunk = sums_of(s);
+    float* const sums = scratch;
+    float* const panels = sums + n * per_chunk;
+    for (Index k = 0; k < w.cols; k += sweep) {
+      const Index columns = smaller(sweep, w.cols - k);
+      pack_groups(k, columns, panels);
+      float* const block = panels + packets_of(s) * width * columns;
+      for (Index c = c0; c < c0 + n; ++c) {
+        convert(c, k, columns, block);
+        RowWalk<X> next{};
+        if (x.direct() && c + 1 < c0 + n) next = {x.rows.row((c + 1) * Selection::chunk) + k, x.rows.stride, s.tokens(c + 1), columns};
+        sweep_chunk(c, k, columns, panels, block, sums + (c - c0) * per_chunk, next);
+      }
+    }
+    for (Index c = c0; c < c0 + n; ++c) write(c, sums + (c - c0) * per_chunk);
+  }
+
+  /// Group g of chunk c by dot products; out is zero where it is not written.
+  void run_dots(Index c, Index g, float* scratch) const {
+    const Selection& s = *selection;
+    const Selection::List list = s.list(c, g);
+    float* const block = scratch + Selection::chunk * dot_columns * width;
+    const Index end = s.rank_begin(g) + s.rank_count(g);
+    for (Index r = s.rank_begin(g); r < end; r += dot_columns) {
+      for (Index k = 0; k < w.cols; k += sweep) {
+        const Index columns = smaller(sweep, w.cols - k);
+        if (x.dropout.on()) {
+          for (Index i = 0; i < list.count; ++i) {
+            x.convert(c * Selection::chunk + list.entries[i].token, k, columns, block + i * pitch(columns));
+          }
+        }
+        in_steps<dot_rows>(list.count, [&](auto m, Index i) {
+          in_steps<dot_columns>(smaller(dot_columns, end - r), [&](auto ranks, Index j) {
+            dots<m, ranks>(c, list, i, k, columns, r + j, scratch + (i * dot_columns + j * m) * width, block);
+          });
+        });
+      }
+    }
+  }
+
+ private:
+  static constexpr Index most_sums = 1 << 18;  // a megabyte
+  static constexpr Index pitch(Index columns) { return round_up(columns, width) + width; }
+  static Index packets_of(const Selection& s) {
+    Index packets = 0;
+    for (Index g = 0; g < s.groups(); ++g) packets += blocks_of(s.rank_count(g), width);
+    return packets;
+  }
+  static Index padded(const Selection& s) { return round_up(s.most_ranks(), width); }
+  static Index sums_of(const Selection& s) { return Selection::chunk * s.most() * padded(s); }
+
+  void pack_groups(Index k, Index n, float* panels) const {
+    for (Index g = 0; g < selection->groups(); ++g) {
+      const Index begin = selection->rank_begin(g), ranks = selection->rank_count(g);
+      const auto of_group = w.row_range(begin, ranks);
+      for (Index j = 0; j < ranks; j += width, panels += n * width) pack_packet(of_group, j, k, n, panels, width);
+    }
+  }
+  void convert(Index c, Index k, Index n, float* block) const {
+    if (x.direct()) return;
+    for (Index i = 0; i < selection->tokens(c); ++i) {
+      x.convert(c * Selection::chunk + i, k, n, block + i * pitch(n));
+    }
+  }
+  void sweep_chunk(Index c, Index k, Index n, const float* panels, const float* block, float* sums,
+                   RowWalk<X>& next) const {
+    const float* rows = block;
+    Index stride = pitch(n);
+    if (x.direct()) {
+      if constexpr (std::is_same_v<X, float>) rows = x.rows.row(c * Selection::chunk) + k;
+      stride = x.rows.stride;
+    }
+    for (Index g = 0; g < selection->groups(); ++g) {
+      const Selection::List list = selection->list(c, g);
+      const Index ranks = selection->rank_count(g);
+      for_panels(ranks, [&](auto packets, Index begin) {
+        in_steps<listed_rows(packets)>(list.count, [&](auto m, Index i) {
+          tile<m, packets>(n, list.entries + i, rows, stride, panels + begin * n,
+                           sums + (list.first_entry + i) * padded(*selection) + begin, padded(*selection), k == 0, next);
+        });
+      });
+      panels += round_up(ranks, width) * n;
+    }
+  }
+  template <int T, int N>
+  [[gnu::flatten, gnu::noinline]] static void tile(Index n, const Selection::Entry* entries, const float* rows,
+                                                   Index stride, const float* panel, float* sums, Index sums_stride,
+                                                   bool first, RowWalk<X>& next) {
+    const RowList<T> list([&](int m) { return rows + entries[m].token * stride; });
+    Tile<T, N> c;
+    if (first)
+      c.clear();
+    else
+      c.load_from(sums, sums_stride);
+    RowWalk<X> walk = next;
+    outer(n, list, PacketPanel{panel, n * width}, c, [&](Index k) { walk.template step<8>(k); });
+    next = walk;
+    c.store_to(sums, sums_stride);
+  }
+  void write(Index c, const float* sums) const {
+    for (Index i = 0; i < selection->tokens(c); ++i) {
+      float* const row = out.row(c * Selection::chunk + i);
+      for (Index j = 0; j < out.cols; ++j) row[j] = 0;
+    }
+    for (Index g = 0; g < selection->groups(); ++g) {
+      const Selection::List list = selection->list(c, g);
+      for (Index i = 0; i < list.count; ++i) {
+        const float* const from = sums + (list.first_entry + i) * padded(*selection);
+        float* const to = out.row(c * Selection::chunk + list.entries[i].token) + selection->rank_begin(g);
+        for (Index j = 0; j < selection->rank_count(g); ++j) to[j] = scale * from[j];
+      }
+    }
+  }
+
+  template <int T, int N>
+  [[gnu::flatten, gnu::noinline]] void dots(Index c, const Selection::List& list, Index i, Index k, Index n, Index r,
+                                            float* sums, const float* block) const {
+    Tile<T, N> tile;
+    if (k == 0)
+      tile.clear();
+    else
+      tile.load_from(sums, N * width);
+    const auto token = [&](int m) { return c * Selection::chunk + list.entries[i + m].token; };
+    if constexpr (M == Major::row) {
+      if (x.dropout.on()) {
+        const float* from[T];
+        for (int m = 0; m < T; ++m) from[m] = block + (i + m) * pitch(n);
+        dot(n, from, w.row(r) + k, w.stride, tile);
+      } else {
+        const X* from[T];
+        for (int m = 0; m < T; ++m) from[m] = x.rows.row(token(m)) + k;
+        dot(n, from, w.row(r) + k, w.stride, tile);
+      }
+    }
+    if (k + sweep < w.cols)
+      tile.store_to(sums, N * width);
+    else
+      tile.each([&](int m, int j, Packet v) { out(token(m), r + j) = scale * sum(v); });
+  }
+};
+
+/// y (+)= scale · left W over the open ranks, and the second pair of factors over all of its ranks.
+template <class Y, class W, Major M>
+struct GroupedSpread {
+  Spread<Y, W, M> all;
+  const Selection* selection;
+
+  using Base = Spread<Y, W, M>;
+  static constexpr int packets = Base::packets, rows = Base::rows;
+  static constexpr Index panel = column_panel;
+
+  static Index scratch(Index ranks, Index sweep) {
+    return ranks * sweep + Selection::chunk * (panel + keep_pitch(sweep) / 4 + width);
+  }
+
+  /// Chunks [chunk, chunk + n) × columns [c0, c0 + columns), at most one sweep. `natural`: weights as they lie.
+  void run(Index chunk, Index n, Index c0, Index columns, bool natural, float* scratch) const {
+    const Index step = panel * all.ranks(), blocks = blocks_of(columns, panel);
+    float* const weights = scratch;
+    float* const partial = weights + blocks * step;
+    std::uint8_t* const keep = reinterpret_cast<std::uint8_t*>(partial + Selection::chunk * panel);
+    const Index copied = natural ? columns / panel * panel : 0;  // columns before are read where they lie
+    copy_panels(all.first.w, c0 + copied, columns - copied, weights, step);
+    copy_panels(all.second.w, c0 + copied, columns - copied, weights + panel * all.first.w.rows, step);
+    for (Index c = chunk; c < chunk + n; ++c) {
+      if (all.dropout.on()) {
+        for (Index i = 0; i < selection->tokens(c); ++i) {
+          keep_bits(all.dropout, c * Selection::chunk + i, c0, columns, keep + i * keep_pitch(columns));
+        }
+      }
+      RowWalk<Y> next{};
+      if (c + 1 < chunk + n) next = {all.y.row((c + 1) * Selection::chunk) + c0, all.y.stride, selection->tokens(c + 1), columns};
+      for (Index j = 0; j < columns; j += panel) {
+        const Place place{c, c0 + j, smaller(panel, columns - j), keep + j / 8, keep_pitch(columns), partial, &next};
+        if (j < copied) {
+          if constexpr (M == Major::row) {
+            run_panel(place, all.first.w.row(0) + c0 + j, all.first.w.stride,
+                      all.second.w.rows == 0 ? nullptr : all.second.w.row(0) + c0 + j, all.second.w.stride);
+          }
+        } else {
+          const float* const block = weights + (j - copied) / panel * step;
+          run_panel(place, block, panel, block + panel * all.first.w.rows, panel);
+        }
+      }
+    }
+  }
+
+ private:
+  static Index keep_pitch(Index columns) { return round_up(columns, 8 * width) / 8; }
+
+  /// One panel of columns for the tokens of one chunk.
+  struct Place {
+    Index chunk, c, wide;
+    const std::uint8_t* keep;
+    Index keep_pitch;
+    float* partial;  // [chunk, panel]
+    RowWalk<Y>* next;
+    Index token(const Selection::Entry& e) const { return chunk * Selection::chunk + e.token; }
+  };
+
+  // What a token's groups give is summed in `partial`, without asking which of them is the first or the last: the answer
+  // would be different for every token, and no processor guesses it.
+  template <class Weight>
+  void run_panel(const Place& place, const Weight* w1, Index step1, const Weight* w2, Index step2) const {
+    const Index tokens = selection->tokens(place.chunk);
+    for (Index i = 0; i < tokens * panel; i += width) store(place.partial + i, splat(0));
+    for (Index g = 0; g < selection->groups(); ++g) {
+      const Selection::List list = selection->list(place.chunk, g);
+      const Index r = selection->rank_begin(g);
+      in_steps<rows>(list.count, [&](auto m, Index i) {
+        tile<m, packets>(place, list.entries + i, r, selection->rank_count(g), w1 + r * step1, step1);
+      });
+    }
+    if (all.second.w.rows != 0) {
+      in_steps<rows>(tokens, [&](auto m, Index i) { side_tile<m, packets>(place, i, w2, step2); });
+    }
+    finish(place);
+  }
+
+  template <int T, int N, class Weight>
+  [[gnu::flatten, gnu::noinline]] void tile(const Place& place, const Selection::Entry* entries, Index r, Index ranks,
+                                            const Weight* w, Index step) const {
+    const RowList<T> lefts([&](int m) { return all.first.left.row(place.token(entries[m])) + r; });
+    float* sums[T];
+    unroll<T>([&](auto m) { sums[m] = place.partial + entries[m].token * panel; });
+    Tile<T, N> sum;
+    sum.clear();
+    RowWalk<Y> walk = *place.next;
+    outer(ranks, lefts, Panel<Weight>{w, step}, sum, [&](Index k) { walk.template step<2>(k); });
+    *place.next = walk;
+    sum.each([&](int m, int j, Packet v) { store(sums[m] + j * width, add(load(sums[m] + j * width), v)); });
+  }
+  /// The second product, behind the first one's scale and dropout.
+  template <int T, int N, class Weight>
+  [[gnu::flatten, gnu::noinline]] void side_tile(const Place& place, Index token, const Weight* w, Index step) const {
+    float* const sums = place.partial + token * panel;
+    const Index t = place.chunk * Selection::chunk + token;
+    Tile<T, N> sum;
+    sum.clear();
+    outer(all.second.w.rows, Rows3<T>(all.second.left.row(t), all.second.left.stride), Panel<Weight>{w, step}, sum);
+    sum.each([&](int m, int j, Packet v) {
+      float* const to = sums + m * panel + j * width;
+      store(to, add(scaled(place, token + m, j, load(to)), v));
+    });
+  }
+  /// v · scale, with dropout: what becomes of a packet of sums of the first product.
+  [[gnu::always_inline]] Packet scaled(const Place& place, Index token, int j, Packet v) const {
+    if (!all.dropout.on()) return mul(splat(all.scale), v);
+    const Packet kept = mul(splat(all.scale * static_cast<float>(all.dropout.kept_scale())), v);
+    return keep_lanes(kept, place.keep + token * place.keep_pitch, j * width);
+  }
+  /// y (+)= what was summed; an addition of nothing is left out where a token has no group.
+  void finish(const Place& place) const {
+    const bool side = all.second.w.rows != 0;
+    for (Index i = 0; i < selection->tokens(place.chunk); ++i) {
+      Y* const to = all.y.row(place.chunk * Selection::chunk + i) + place.c;
+      for (int j = 0; j < packets; ++j) {
+        Packet v = load(place.partial + i * panel + j * width);
+        if (!side) v = scaled(place, i, j, v);
+        const Index n = place.wide - j * width;
+        if (n >= width) {
+          store(to + j * width, all.into == Into::add ? add(load(to + j * width), v) : v);
+        } else if (n > 0) {
+          store_part(to + j * width, all.into == Into::add ? add(load_part(to + j * width, n), v) : v, n);
+        }
+      }
+    }
+  }
+};
+
+/// out[r, c] (+)= scale · Σ of left[t, r] · x̂[t, c] over the tokens whose gate is open at r.
+template <class X, class G, Major M>
+struct GroupedTokenSum {
+  MatrixView<const float> left;  // [T, R]
+  Input<X> x;
+  float scale;
+  Into into;
+  MatrixView<G, Space::host, M> out;  // [R, d]
+  const Selection* selection;
+
+  static constexpr int packets = RegisterTile::sum_packets;
+  static constexpr int rows = RegisterTile::sum_rows;
+  static constexpr Index panel = packets * width;
+  static constexpr Index sweep = TokenSum<X, G, M>::sweep;
+  static constexpr Index ranks_of_job = 128;
+
+  /// Chunks whose tokens are added together.
+  static constexpr Index together = 2;
+  static constexpr Index pointers = together * Selection::chunk * sizeof(float*) / sizeof(float);
+
+  /// Groups of one job: as many as have at most `ranks_of_job` ranks, one at least; all, where groups share ranks.
+  static Index groups_of_job(const Selection& s) {
+    return s.share_ranks() ? larger(1, s.groups()) : larger(1, ranks_of_job / larger(1, s.most_ranks()));
+  }
+  static Index scratch(const Selection& s) {
+    const Index tokens = together * Selection::chunk, lefts = round_up(s.most_ranks(), rows);
+    return pointers + larger(ranks_of_job, s.most_ranks()) * sweep + tokens * (lefts + panel) +
+           Selection::chunk * (sweep + 8 * width);
+  }
+
+  /// Groups [g0, g0 + groups) × columns [c0, c0 + columns), all tokens.
+  void run(Index g0, Index groups, Index c0, Index columns, float* scratch) const {
+    const Selection& s = *selection;
+    const Index r0 = s.rank_begin(g0), ranks = s.rank_begin(g0 + groups - 1) + s.rank_count(g0 + groups - 1) - r0;
+    const float** const list_rows = reinterpret_cast<const float**>(scratch);
+    float* const sums = scratch + pointers;       // [ranks, sweep]
+    float* const lefts = sums + ranks * sweep;    // of one list
+    float* const tail = lefts + together * Selection::chunk * round_up(s.most_ranks(), rows);  // the last, partial panel
+    float* const block = tail + together * Selection::chunk * panel;
+    for (Index i = 0; i < ranks * sweep; ++i) sums[i] = 0;
+    const Index step = x.direct() ? together : 1, whole = columns / panel * panel;
+    for (Index c = 0; c < s.chunks(); c += step) {
+      const Index chunks = smaller(step, s.chunks() - c), t0 = c * Selection::chunk;
+      const Index tokens = (chunks - 1) * Selection::chunk + s.tokens(c + chunks - 1);
+      const float* x_rows = block;
+      Index stride = round_up(columns, 8 * width);
+      if (x.direct()) {
+        if constexpr (std::is_same_v<X, float>) x_rows = x.rows.row(t0) + c0;
+        stride = x.rows.stride;
+      } else {
+        for (Index i = 0; i < tokens; ++i) x.convert(t0 + i, c0, columns, block + i * stride);
+      }
+      for (Index i = 0; whole < columns && i < tokens; ++i) {
+        for (Index j = 0; j < panel; ++j) {
+          tail[i * panel + j] = whole + j < columns ? x_rows[i * stride + whole + j] : 0.f;
+        }
+      }
+      RowWalk<X> next{};
+      if (x.direct() && c + step < s.chunks()) {
+        next = {x.rows.row((c + step) * Selection::chunk) + c0, x.rows.stride,
+                smaller(step * Selection::chunk, x.rows.rows - (c + step) * Selection::chunk), columns};
+      }
+      for (Index g = g0; g < g0 + groups; ++g) {
+        const Index n = gather(c, chunks, g, lefts);
+        float* const of_group = sums + (s.rank_begin(g) - r0) * sweep;
+        const auto rows_of = [&](const float* from, Index from_stride) {
+          Index i = 0;
+          each_entry(c, chunks, g, [&](Index token) { list_rows[i++] = from + (token - t0) * from_stride; });
+        };
+        rows_of(x_rows, stride);
+        add(g, n, list_rows, 0, whole, 0, lefts, of_group, next);
+        if (whole == columns) continue;
+        rows_of(tail, panel);
+        add(g, n, list_rows, whole, whole + panel, whole, lefts, of_group, next);
+      }
+    }
+    for (Index r = 0; r < ranks; ++r) {
+      for (Index j = 0; j < columns; ++j) {
+        G& cell = out(r0 + r, c0 + j);
+        const float value = scale * sums[r * sweep + j];
+        cell = narrow<G>(into == Into::add ? widen<float>(cell) + value : value);
+      }
+    }
+  }
+
+ private:
+  /// f(token) for the tokens of group g in some chunks.
+  template <class F>
+  void each_entry(Index c, Index chunks, Index g, F&& f) const {
+    for (Index i = c; i < c + chunks; ++i) {
+      const Selection::List list = selection->list(i, g);
+      for (Index j = 0; j < list.count; ++j) f(i * Selection::chunk + list.entries[j].token);
+    }
+  }
+  /// lefts[r / rows][i][r mod rows] of the group's tokens; returns their number.
+  Index gather(Index c, Index chunks, Index g, float* lefts) const {
+    const Index ranks = selection->rank_count(g);
+    Index count = 0, i = 0;
+    for (Index j = c; j < c + chunks; ++j) count += selection->list(j, g).count;
+    each_entry(c, chunks, g, [&](Index token) {
+      const float* const from = left.row(token) + selection->rank_begin(g);
+      for (Index r = 0; r < ranks; ++r) lefts[(r / rows * count + i) * rows + r % rows] = from[r];
+      ++i;
+    });
+    return count;
+  }
+  /// Columns [begin, end) of the sums; list_rows point at column `origin`.
+  void add(Index g, Index n, const float* const* list_rows, Index begin, Index end, Index origin, const float* lefts,
+           float* sums, RowWalk<X>& next) const {
+    for (Index c = begin; c < end; c += panel) {
+      in_steps<rows>(selection->rank_count(g), [&](auto m, Index r) {
+        tile<m, packets>(n, lefts + r / rows * rows * n + r % rows, PanelList{list_rows, c - origin},
+                         sums + r * sweep + c, next);
+      });
+    }
+  }
+  template <int R, int N>
+  [[gnu::flatten, gnu::noinline]] static void tile(Index n, const float* lefts, const PanelList& from, float* sums,
+                                                   RowWalk<X>& next) {
+    Tile<R, N> sum;
+    sum.load_from(sums, sweep);
+    RowWalk<X> walk = next;
+    outer(n, Columns{lefts, rows}, from, sum, [&](Index k) { walk.template step<2>(k); });
+    next = walk;
+    sum.store_to(sums, sweep);
+  }
+};
+
+}  // namespace detail
+}  // namespace cpu
+}  // namespace LORAMIX_ABI
+}  // namespace loramix
