@@ -260,21 +260,27 @@ class ProductTest {
     const NamedGate<Tracked> named = truth<Tracked>(data_, case_.gate.computed ? &p : nullptr);
     truth_.gate = named.gate;
 
+    // Shrink again, where the gate is known and only open ranks need be computed. All that follows reads this U.
+    const lm::GateForm<Score, space> select = case_.shape.shared_a ? lm::GateForm<Score, space>{} : gate.form();
+    const Tensor<H, Acc> u = Tensor<H, Acc>::poisoned(harness_, u_.view().rows, u_.view().cols, case_.padding);
+    run(harness_,
+        lm::Shrink<X, W, Acc, Score, space>{A_.view(), {}, x_.view(), dropout_, u.view(), {}, select});
+
     // Expand.
     Tensor<H, X> y = output<X>(case_.shape.tokens, case_.shape.d_out);
     run(harness_,
-        lm::Expand<Acc, W, X, Score, space, M>{u_.view(), gate.form(), B.view(), Acc(1.25), y.view(), case_.into});
+        lm::Expand<Acc, W, X, Score, space, M>{u.view(), gate.form(), B.view(), Acc(1.25), y.view(), case_.into});
     check<X>("Y", y, reference::expand(truth_, truth_u_), case_.into);
 
     // Expand backward. The computed gate's own gradient is assigned, whatever the case says.
     const lm::Into gate_into = case_.gate.computed ? lm::Into::set : case_.into;
-    const Tensor<H, Acc> du = Tensor<H, Acc>::poisoned(harness_, u_.view().rows, u_.view().cols, case_.padding);
+    const Tensor<H, Acc> du = Tensor<H, Acc>::poisoned(harness_, u.view().rows, u.view().cols, case_.padding);
     Tensor<H, G, M> dB = output<G, M>(case_.shape.d_out, data_.ranks);
     const GateGradients<H, Score> dgate(named, case_.padding, [&](Index rows, Index cols, Index padding) {
       return output<Score>(rows, cols, padding, gate_into);
     });
     run(harness_,
-        lm::ExpandBackward<Acc, W, X, Score, G, space, M>{u_.view(), gate.form(), B.view(), Acc(1.25), dy_.view(),
+        lm::ExpandBackward<Acc, W, X, Score, G, space, M>{u.view(), gate.form(), B.view(), Acc(1.25), dy_.view(),
                                                           du.view(), dB.view(), dgate.views, gate_into, gate_into});
     const reference::ExpandGradient<Tracked> want =
         reference::expand_backward(truth_, truth_u_, dy_.values().template as<Tracked>());
@@ -300,7 +306,7 @@ class ProductTest {
     Tensor<H, X> dx = output<X>(case_.shape.tokens, case_.shape.d_in);
     run(harness_, lm::ShrinkBackward<X, W, Acc, Score, G, space>{A_.view(), side_.view(), x_.view(), dropout_,
                                                                  du.view(), dh.view(), dA.view(), dside.view(),
-                                                                 dx.view(), case_.into, case_.into});
+                                                                 dx.view(), case_.into, case_.into, select});
     const reference::ShrinkGradient<Tracked> sums = reference::shrink_backward(truth_, want.du, truth_dh);
     check<G>("dA", dA, sums.dA, case_.into);
     check<G>("dside", dside, sums.dside, case_.into, case_.shape.experts == 1);

@@ -35,13 +35,27 @@ class Scratch {
   std::vector<std::byte> memory_;
 };
 
+/// The ways in which the CPU backend can be told to work: as it likes; with blocks so small that every shape of the table
+/// has several, grouped and dense; in one order at every T; and composed.
+inline const std::vector<loramix::cpu::Tuning>& tunings() {
+  using namespace loramix::cpu;
+  static const std::vector<Tuning> all = {
+      {},
+      {.grouping = Grouping::grouped, .sweep = 64, .weights = 640, .tokens_per_sum = 7},
+      {.order = Order::fixed, .grouping = Grouping::grouped, .sweep = 64, .weights = 640, .tokens_per_sum = 7},
+      {.order = Order::fixed, .grouping = Grouping::dense, .sweep = 128, .weights = 640, .tokens_per_sum = 16},
+      {.path = Path::composed},
+  };
+  return all;
+}
+
 template <loramix::Executor E = loramix::SerialExecutor>
 class CpuHarness {
  public:
   static constexpr loramix::Space space = loramix::Space::host;
 
   CpuHarness() = default;
-  explicit CpuHarness(E executor) : backend_{executor} {}
+  explicit CpuHarness(E executor, const loramix::cpu::Tuning& tuning = {}) : backend_{executor, tuning} {}
 
   const loramix::cpu::Backend<E>& backend() const { return backend_; }
   template <class T>

@@ -19,6 +19,7 @@
 #include <loramix/adapter/rank_gradients.hpp>
 #include <loramix/core/adapter.hpp>
 #include <loramix/gate/softmax.hpp>
+#include <loramix/ops/draw_mask.hpp>
 #include <loramix/ops/expand.hpp>
 #include <loramix/ops/shrink.hpp>
 
@@ -36,6 +37,7 @@ struct ForwardOptions {
   Keep keep = Keep::z;
   Into into = Into::add;     // y
   bool dropout_off = false;  // saving without draws though the adapter has dropout, on purpose
+  MatrixView<std::uint8_t, S> mask{};  // [T, mask_bytes(d_in)] or empty: keep the dropout mask as bits until backward
   // What the batch says of its tokens, for routers and losses that ask (gate/batch.hpp).
   Groups<S> sequences{};
   Groups<S> tasks{};
@@ -128,6 +130,13 @@ struct ProductOf {
     all.side = {};
     all.h = {};
     return {x, router};
+  }
+  /// The side rows alone, where the gate says which ranks are worth computing.
+  static ShrinkOp router_first(ShrinkOp& all) {
+    const ShrinkOp router{all.A.row_range(0, 0), all.side, all.x, {}, all.u.col_range(0, 0), all.h};
+    all.side = {};
+    all.h = {};
+    return router;
   }
   struct JitteredBackward {
     MatrixView<X, space> x, dx;  // [T, d_in]
@@ -434,17 +443,6 @@ inline Index largest(std::initializer_list<Index> all) {
   return most;
 }
 
-template <class A, class Backend>
-Index stage_bytes(const Backend& be, const A& adapter, Index tokens) {
-  using T = ProductOf<A>;
-  const auto gate = adapter.gate();
-  typename T::ShrinkOp shrink{adapter.A(), T::side(gate), {nullptr, tokens, adapter.A().cols}, {}, {}, {}};
-  shrink.dropout.p16 = 1;  // the larger of the two sizes: a query does not depend on the call's draws
-  const typename T::ExpandOp expand{
-      {nullptr, tokens, adapter.A().rows}, {}, adapter.B(), {}, {nullptr, tokens, adapter.B().rows}};
-  return largest({scratch_bytes(be, shrink), scratch_bytes(be, expand), gate_scratch(be, gate, tokens)});
-}
-
 /// The size of a workspace from its parts; refused where the sum is more than any memory.
 template <class Memory>
 Index sum_with_alignment(Index carved, Index stages) {
@@ -468,7 +466,22 @@ auto form_for_sizes(const A& adapter, Index tokens) {
   typename T::State state{};
   Arena<A::space> counter = Arena<A::space>::counting();
   if constexpr (T::computed) state = gate.carve(counter, tokens, false);
-  return T::form(gate, state, {.tokens = tokens}, adapter.B().cols);
+  auto form = T::form(gate, state, {.tokens = tokens}, adapter.B().cols);
+  form.tokens = tokens;
+  return form;
+}
+
+template <class A, class Backend>
+Index stage_bytes(const Backend& be, const A& adapter, Index tokens) {
+  using T = ProductOf<A>;
+  const auto gate = adapter.gate();
+  const auto form = form_for_sizes(adapter, tokens);
+  typename T::ShrinkOp shrink{adapter.A(), T::side(gate), {nullptr, tokens, adapter.A().cols}, {}, {}, {}};
+  shrink.dropout.p16 = 1;  // the larger of the two sizes: a query does not depend on the call's draws
+  if (wants_selection(be, form, adapter.A().rows)) shrink.select = form;
+  const typename T::ExpandOp expand{
+      {nullptr, tokens, adapter.A().rows}, form, adapter.B(), {}, {nullptr, tokens, adapter.B().rows}};
+  return largest({scratch_bytes(be, shrink), scratch_bytes(be, expand), gate_scratch(be, gate, tokens)});
 }
 
 }  // namespace detail
@@ -498,8 +511,7 @@ Index workspace_bytes(const Backend& be, const A& adapter, Index tokens, Pass pa
     for (int i = 0; i < 2; ++i) counter.template matrix<typename T::X>(tokens, adapter.A().cols);
   }
   const MatrixView<typename T::Score, A::space> dh{nullptr, tokens, T::side(gate).rows};
-  GateForm<typename T::Score, A::space> form = detail::form_for_sizes(adapter, tokens);
-  form.tokens = tokens;
+  const GateForm<typename T::Score, A::space> form = detail::form_for_sizes(adapter, tokens);
   GateGradient<typename T::Score, A::space> dgate;
   // Address 64 stands for "wanted": carving looks at nothing but that and the sizes.
   [[maybe_unused]] auto* const wanted = reinterpret_cast<typename T::Score*>(std::uintptr_t{64});
@@ -513,6 +525,7 @@ Index workspace_bytes(const Backend& be, const A& adapter, Index tokens, Pass pa
                                             du, {},   dgate};
   typename T::ShrinkBackwardOp shrink{adapter.A(), T::side(gate), {nullptr, tokens, adapter.A().cols}, {}, du, dh};
   shrink.dropout.p16 = 1;  // as in stage_bytes
+  if (detail::wants_selection(be, form, adapter.A().rows)) shrink.select = form;
   const Index here = detail::sum_with_alignment<Memory>(
       counter.used(), detail::largest({stages, scratch_bytes(be, expand), scratch_bytes(be, shrink)}));
   const Index there = workspace_bytes(be, adapter, tokens, Pass::forward);
@@ -700,21 +713,28 @@ Saved<A> forward(const Backend& be, const A& adapter, MatrixView<const typename 
   saved.call = call;
   const auto u = save && !keep_u ? work.template matrix<typename T::Acc>(tokens, adapter.A().rows) : saved.u;
   const double jitter = options.key.on ? detail::jitter_of(gate) : 0;
+  const auto form = T::form(gate, saved.state, call, ranks);
   typename T::ShrinkOp shrink{adapter.A(), T::side(gate), x, dropout, u, saved.h};
-  typename T::Jittered router;
-  if (jitter > 0) router = T::split_router(work, shrink);
+  const bool select = detail::wants_selection(be, form, adapter.A().rows);
+  if (select) shrink.select = form;
   const auto gated = detail::carve_gated<T>(be, work, tokens, ranks);
-  typename T::ExpandOp expand{
-      u, T::form(gate, saved.state, call, ranks), adapter.B(), typename T::Acc(adapter.scale()), y, options.into};
+  typename T::ExpandOp expand{u, form, adapter.B(), typename T::Acc(adapter.scale()), y, options.into};
   shrink.check();
   expand.check();
 
+  // Ranks that the gate may close wait for the router.
+  const bool wait = T::computed && select;
+  typename T::ShrinkOp ranks_of_u = shrink;
   if (jitter > 0) {
-    detail::run_checked(be, shrink, work);
+    const auto router = T::split_router(work, ranks_of_u);
     detail::jitter_rows<T>(be, jitter, options.key, x, router.x, Into::set);
+    if (!wait) detail::run_checked(be, ranks_of_u, work);
     shrink = router.shrink;
+  } else if (wait) {
+    shrink = T::router_first(ranks_of_u);
   }
   detail::shrink_and_gate<T>(be, shrink, gate, saved, gated, expand, work);
+  if (wait) detail::run_checked(be, ranks_of_u, work);
   detail::run_checked(be, expand, work);
 
   if (!save) return {};
@@ -771,13 +791,16 @@ void backward(const Backend& be, const A& adapter, Saved<A>& saved,
       expand.dgate = gate.gradient(dstate);
     expand.gate_values = Into::set;
   }
+  if (detail::wants_selection(be, expand.gate, adapter.A().rows)) shrink.select = expand.gate;
   expand.check();
   shrink.check();
   const double jitter = saved.call.key.on ? detail::jitter_of(gate) : 0;
   typename T::JitteredBackward router;
   if (jitter > 0) router = T::split_router(work, shrink);
 
-  if (recompute) detail::run_checked(be, typename T::ShrinkOp{adapter.A(), {}, x, saved.dropout, u, {}}, work);
+  if (recompute) {
+    detail::run_checked(be, typename T::ShrinkOp{adapter.A(), {}, x, saved.dropout, u, {}, shrink.select}, work);
+  }
   const auto gradient = [&] {
     if constexpr (T::computed && trained)
       return grad.gate();

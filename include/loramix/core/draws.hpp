@@ -88,11 +88,14 @@ struct Dropout {
   std::uint64_t key = 0;
   std::uint64_t first_token = 0;
   std::uint32_t p16 = 0;
+  const std::uint8_t* mask = nullptr;  // bits that were drawn before (ops/draw_mask.hpp); null: they are drawn when asked for
+  Index mask_stride = 0;               // bytes from row to row
 
   LORAMIX_HD constexpr bool on() const { return p16 != 0; }
   LORAMIX_HD constexpr double kept_scale() const { return 65536.0 / (65536.0 - p16); }
   /// Bit b says whether column 8 · block + b of row t is kept.
   LORAMIX_HD constexpr std::uint32_t keep8(Index t, Index block) const {
+    if (mask != nullptr) return mask[t * mask_stride + block];
     const PhiloxWords words = draw_block(key, Purpose::dropout, first_token + static_cast<std::uint64_t>(t),
                                          static_cast<std::uint32_t>(block));
     std::uint32_t bits = 0;
@@ -104,6 +107,9 @@ struct Dropout {
   }
   LORAMIX_HD constexpr bool keep(Index t, Index column) const { return keep8(t, column / 8) >> (column % 8) & 1u; }
 };
+
+/// Bytes of a row of a mask kept as bits: a multiple of 64.
+LORAMIX_HD constexpr Index mask_bytes(Index columns) { return (columns + 511) / 512 * 64; }
 
 /// round(65536 p), refusing p outside [0, 1) and p that rounds to 1.
 inline std::uint32_t dropout_p16(const char* op, double p) {
@@ -118,7 +124,7 @@ inline std::uint32_t dropout_p16(const char* op, double p) {
 inline Dropout make_dropout(const char* op, double p, const Key& key) {
   const std::uint32_t p16 = dropout_p16(op, p);
   if (!key.on) return {};
-  return {philox_key(key), key.first_token, p16};
+  return {philox_key(key), key.first_token, p16, nullptr, 0};
 }
 
 }  // namespace LORAMIX_ABI

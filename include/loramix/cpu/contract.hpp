@@ -66,9 +66,9 @@ struct PanelContraction {
   };
 
   /// Floats of a lane for any number of tokens up to this.
-  static Index scratch(const Tuning& tuning, Index tokens, Index ranks, Index depth, Index lanes, bool direct) {
-    const Index columns = pitch(smaller(tuning.sweep, depth)), most = smaller(most_ranks, round_up(ranks, width));
-    const Index sums = larger(most * Jobs(tokens, ranks, lanes).tokens, smaller(most * round_up(tokens, group), most_sums));
+  static Index scratch(const Tuning& tuning, Index tokens, Index ranks, Index depth, bool direct) {
+    const Index columns = pitch(smaller(sweep_of(tuning), depth)), most = smaller(most_ranks, round_up(ranks, width));
+    const Index sums = smaller(most * round_up(tokens, group), most_sums);
     return sums + most * columns + (direct ? 0 : group * columns);
   }
 

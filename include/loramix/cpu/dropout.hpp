@@ -28,7 +28,7 @@ typedef unsigned long long Bits64 __attribute__((vector_size(4 * width)));
   high = loramix::detail::bit_cast<Bits32>(even >> 32 | (odd & ~std::uint64_t{0xffffffffu}));
 }
 
-/// bits[i / 8] for columns [c0, c0 + n) of row t; c0 is a multiple of 8. What is written is a multiple of `width` bytes.
+/// bits[i / 8] for columns [c0, c0 + n) of row t; c0 is a multiple of 8. Room for a multiple of `width` bytes.
 inline void keep_bits(const Dropout& dropout, Index t, Index c0, Index n, std::uint8_t* bits) {
   const std::uint64_t token = dropout.first_token + static_cast<std::uint64_t>(t);
   Bits32 lane;
@@ -76,9 +76,13 @@ inline void keep_bits(const Dropout& dropout, Index t, Index c0, Index n, std::u
 inline void drop(const Dropout& dropout, Index t, Index c0, Index n, float* values) {
   const Packet scale = splat(static_cast<float>(dropout.kept_scale()));
   for (Index c = 0; c < n; c += 8 * width) {
-    std::uint8_t bits[width];
-    keep_bits(dropout, t, c0 + c, 1, bits);
     const Index columns = n - c < 8 * width ? n - c : 8 * width;
+    std::uint8_t drawn[width];
+    const std::uint8_t* bits = drawn;
+    if (dropout.mask != nullptr)
+      bits = dropout.mask + t * dropout.mask_stride + (c0 + c) / 8;
+    else
+      keep_bits(dropout, t, c0 + c, columns, drawn);
     Index i = 0;
     for (; i + width <= columns; i += width) store(values + c + i, keep_lanes(mul(load(values + c + i), scale), bits, i));
     if (i < columns) {

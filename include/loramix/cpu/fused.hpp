@@ -49,9 +49,9 @@ struct Contraction {
   /// Floats of a lane; `direct`: x is read where it lies.
   template <class E>
   Index scratch(const Backend<E>& be, Index tokens, bool direct) const {
-    const Index dots = M == Major::row ? DotContraction<float, W>::scratch(w.cols, be.tuning.sweep) : 0;
+    const Index dots = M == Major::row ? DotContraction<float, W>::scratch(w.cols, sweep_of(be.tuning)) : 0;
     if (w.rows == 0 || by_dots(be.tuning, tokens)) return dots;
-    return larger(dots, PanelContraction<float, W, M>::scratch(be.tuning, tokens, w.rows, w.cols, be.lanes(), direct));
+    return larger(dots, PanelContraction<float, W, M>::scratch(be.tuning, tokens, w.rows, w.cols, direct));
   }
 
   /// out [T, R] = scale · x̂ Wᵀ.
@@ -60,9 +60,9 @@ struct Contraction {
     const Index tokens = x.rows.rows;
     if (tokens == 0 || w.rows == 0) return;
     if constexpr (M == Major::row) {
-      if (by_dots(be.tuning, tokens)) return run_dots(be, DotContraction<X, W>{x, w, be.tuning.sweep, scale, out}, lanes);
+      if (by_dots(be.tuning, tokens)) return run_dots(be, DotContraction<X, W>{x, w, sweep_of(be.tuning), scale, out}, lanes);
     }
-    const PanelContraction<X, W, M> contraction{x, w, be.tuning.sweep, scale, out};
+    const PanelContraction<X, W, M> contraction{x, w, sweep_of(be.tuning), scale, out};
     const typename PanelContraction<X, W, M>::Jobs jobs(tokens, w.rows, be.lanes());
     be.run(jobs.count(), [&](Index job, Index lane) { contraction.run(jobs, job, lanes.row(lane)); });
   }
@@ -224,7 +224,7 @@ struct FusedShrink {
     const Input<X> dropped{op.x, op.dropout};
     if (grouped && op.x.rows != 0) {
       selection.build(be);
-      run_grouped(be, Grouped{dropped, op.A, &selection, be.tuning.sweep, 1.f, op.u}, lanes);
+      run_grouped(be, Grouped{dropped, op.A, &selection, sweep_of(be.tuning), 1.f, op.u}, lanes);
     } else {
       ranks.run(be, dropped, 1.f, op.u, lanes);
     }
@@ -344,7 +344,7 @@ struct FusedExpandBackward {
     const bool open = is_open(op.gate, op.u.cols) && op.dgate.values.data == nullptr;
     if (grouped && op.u.rows != 0) {
       selection.build(be);
-      run_grouped(be, Grouped{dy, op.B.transposed(), &selection, be.tuning.sweep, op.scale, dut}, lanes);
+      run_grouped(be, Grouped{dy, op.B.transposed(), &selection, sweep_of(be.tuning), op.scale, dut}, lanes);
     } else {
       ranks.run(be, dy, op.scale, open ? op.du : dut, lanes);
     }

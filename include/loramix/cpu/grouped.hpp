@@ -38,7 +38,7 @@ struct GroupedContraction {
     return M == Major::row && (class_of(tuning, tokens) != TokenClass::many || s.most_ranks() <= width / 2);
   }
   static Index scratch(const Tuning& tuning, const Selection& s, Index depth, bool direct) {
-    const Index columns = pitch(smaller(tuning.sweep, depth));
+    const Index columns = pitch(smaller(sweep_of(tuning), depth));
     const Index block = direct ? 0 : Selection::chunk * columns;
     const Index dots = Selection::chunk * dot_columns * width;
     return block + larger(dots, larger(sums_of(s), most_sums) + packets_of(s) * width * columns);

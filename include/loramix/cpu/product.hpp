@@ -60,6 +60,15 @@ void run_product(const Backend<E>& be, const Op& op, Arena<> work) {
 
 }  // namespace detail
 
+template <class E, class Score>
+bool wants_selection_impl(const Backend<E>& be, const GateForm<Score>& form, Index columns) {
+  if constexpr (std::is_same_v<Score, float>) {
+    return be.tuning.path != Path::composed && detail::is_grouped(be.tuning, form, columns);
+  } else {
+    return false;
+  }
+}
+
 template <class E, class X, class W, class Acc, class Score>
 Index scratch_impl(const Backend<E>& be, const Shrink<X, W, Acc, Score, Space::host>& op) {
   return detail::product_scratch(be, op);

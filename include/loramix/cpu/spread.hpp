@@ -41,7 +41,7 @@ struct Spread {
 
   /// Columns of one sweep of T > 64: as many as keep the weights in L2.
   static Index sweep_of(const Tuning& tuning, Index ranks) {
-    return larger(panel, smaller(tuning.sweep, tuning.weights / larger(1, ranks)) / panel * panel);
+    return larger(panel, smaller(detail::sweep_of(tuning), tuning.weights / larger(1, ranks)) / panel * panel);
   }
   static Index scratch(Index ranks, Index sweep) { return ranks * sweep + mask_values(sweep); }
 

@@ -46,6 +46,11 @@ struct Tuning {
 
 namespace detail {
 
+constexpr Index blocks_of(Index n, Index block) { return (n + block - 1) / block; }
+constexpr Index smaller(Index a, Index b) { return a < b ? a : b; }
+constexpr Index larger(Index a, Index b) { return a > b ? a : b; }
+constexpr Index round_up(Index n, Index to) { return blocks_of(n, to) * to; }
+
 /// Classes of T.
 enum class TokenClass { few, some, many };
 constexpr Index few_tokens = 4, some_tokens = 64;
@@ -55,10 +60,9 @@ constexpr TokenClass class_of(const Tuning& tuning, Index tokens) {
   return tokens > few_tokens ? TokenClass::some : TokenClass::few;
 }
 
-constexpr Index blocks_of(Index n, Index block) { return (n + block - 1) / block; }
-constexpr Index smaller(Index a, Index b) { return a < b ? a : b; }
-constexpr Index larger(Index a, Index b) { return a > b ? a : b; }
-constexpr Index round_up(Index n, Index to) { return blocks_of(n, to) * to; }
+
+/// Columns of a sweep: whole packets, whole blocks of dropout.
+constexpr Index sweep_of(const Tuning& tuning) { return larger(64, tuning.sweep / 64 * 64); }
 
 /// The cost model of grouping: computing the open ranks only runs at about half the speed of a dense product, for its tiles
 /// are smaller and its rows lie apart; it pays where at most half of the ranks of more than a packet or two are open.

@@ -100,6 +100,19 @@ struct ShrinkBackward {
   }
 };
 
+namespace detail {
+/// Whether a backend would rather know which ranks are open before it computes U of `columns` columns; found by
+/// argument-dependent lookup, no where a backend does not say. Shapes only.
+template <class Backend, class Form>
+bool wants_selection(const Backend& be, const Form& form, Index columns) {
+  if constexpr (requires { wants_selection_impl(be, form, columns); }) {
+    return wants_selection_impl(be, form, columns);
+  } else {
+    return false;
+  }
+}
+}  // namespace detail
+
 /// The op u = x Aᵀ for A [R_a, d_in], x [T, d_in], u [T, R_a], its types taken from the views: no side rows, no dropout.
 template <class W, class X, class Acc, Space S>
 auto make_shrink(MatrixView<W, S> A, MatrixView<X, S> x, MatrixView<Acc, S> u) {
