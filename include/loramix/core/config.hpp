@@ -64,18 +64,51 @@ inline constexpr bool debug_checks = false;
 inline constexpr bool debug_checks = true;
 #endif
 
-/// The products of the low halves of 64-bit lanes. gcc would multiply whole lanes where it has AVX-512 DQ: three times
-/// the work.
+/// The products of the low halves of 64-bit lanes, whatever the high halves hold. gcc multiplies whole lanes otherwise, at
+/// three times the cost.
 template <class Lanes>
 LORAMIX_HD inline Lanes multiply_low_halves(Lanes a, Lanes b) {
   return (a & 0xffffffffu) * (b & 0xffffffffu);
 }
-#if defined(__AVX512F__) && defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
+#if defined(__SSE2__) && defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
+typedef unsigned long long Lanes128 __attribute__((vector_size(16)));
+typedef int Halves128 __attribute__((vector_size(16)));
+inline Lanes128 multiply_low_halves(Lanes128 a, Lanes128 b) {
+  return (Lanes128)__builtin_ia32_pmuludq128((Halves128)a, (Halves128)b);
+}
+#if defined(__AVX2__)
+typedef unsigned long long Lanes256 __attribute__((vector_size(32)));
+typedef int Halves256 __attribute__((vector_size(32)));
+inline Lanes256 multiply_low_halves(Lanes256 a, Lanes256 b) {
+  return (Lanes256)__builtin_ia32_pmuludq256((Halves256)a, (Halves256)b);
+}
+#endif
+#if defined(__AVX512F__)
 typedef unsigned long long Lanes512 __attribute__((vector_size(64)));
+typedef int Halves512 __attribute__((vector_size(64)));
+typedef long long Signed512 __attribute__((vector_size(64)));
 inline Lanes512 multiply_low_halves(Lanes512 a, Lanes512 b) {
-  typedef int Halves __attribute__((vector_size(64)));
-  typedef long long Signed __attribute__((vector_size(64)));
-  return (Lanes512)__builtin_ia32_pmuludq512_mask((Halves)a, (Halves)b, Signed{}, 0xff);
+  return (Lanes512)__builtin_ia32_pmuludq512_mask((Halves512)a, (Halves512)b, Signed512{}, 0xff);
+}
+#endif
+#endif
+
+/// Whether `keep_lanes_by_mask` below is there: lanes of 16 floats kept by the bits of a mask register.
+#if defined(__AVX512F__) && defined(__GNUC__) && !defined(__CUDACC__)
+inline constexpr bool has_mask_registers = true;
+typedef float Floats512 __attribute__((vector_size(64), may_alias));
+inline Floats512 keep_lanes_by_mask(Floats512 v, unsigned short bits) {
+#if defined(__clang__)
+  return __builtin_ia32_selectps_512(bits, v, Floats512{});
+#else
+  return __builtin_ia32_movaps512_mask(v, Floats512{}, bits);
+#endif
+}
+#else
+inline constexpr bool has_mask_registers = false;
+template <class V>
+LORAMIX_HD inline V keep_lanes_by_mask(V v, unsigned short) {
+  return v;
 }
 #endif
 

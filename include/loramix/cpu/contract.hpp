@@ -28,10 +28,10 @@ struct Input {
   /// Row t, columns [k, k + n), as floats; k is a multiple of 8.
   void convert(Index t, Index k, Index n, float* out) const {
     const X* const from = rows.row(t) + k;
+    if (dropout.on()) return drop(dropout, t, k, n, from, out);
     Index i = 0;
     for (; i + width <= n; i += width) store(out + i, load(from + i));
     if (i < n) store_part(out + i, load_part(from + i, n - i), n - i);
-    if (dropout.on()) drop(dropout, t, k, n, out);
   }
 };
 
@@ -48,6 +48,7 @@ struct PanelContraction {
   static constexpr Index group = RegisterTile::rows_of(1);
   static constexpr Index most_ranks = 256;
   static constexpr Index most_sums = 1 << 18;  // a megabyte
+  static constexpr Index converted = 256;      // columns
 
   /// How the work is cut: ranks first where there are few tokens, for a rank is packed by one job then.
   struct Jobs {
@@ -69,7 +70,7 @@ struct PanelContraction {
   static Index scratch(const Tuning& tuning, Index tokens, Index ranks, Index depth, bool direct) {
     const Index columns = pitch(smaller(sweep_of(tuning), depth)), most = smaller(most_ranks, round_up(ranks, width));
     const Index sums = smaller(most * round_up(tokens, group), most_sums);
-    return sums + most * columns + (direct ? 0 : group * columns);
+    return sums + most * columns + (direct ? 0 : group * pitch(converted));
   }
 
   void run(const Jobs& jobs, Index job, float* scratch) const {
@@ -82,8 +83,7 @@ struct PanelContraction {
       const Index columns = smaller(sweep, w.cols - k);
       pack(w, r, ranks, k, columns, panels);
       for (Index t = 0; t < n; t += group) {
-        tokens_by(t0 + t, smaller(group, n - t), k, columns, panels, padded, sums + t * padded,
-                  panels + padded * pitch(columns));
+        tokens_by(t0 + t, smaller(group, n - t), k, columns, panels, padded, sums + t * padded, panels + padded * columns);
       }
     }
     const Packet factor = splat(scale);
@@ -99,31 +99,46 @@ struct PanelContraction {
  private:
   static constexpr Index pitch(Index columns) { return round_up(columns, width) + width; }
 
-  /// g tokens from t on × columns [k, k + n).
+  /// g tokens from t on × columns [k, k + n). What is converted is converted in blocks that stay in L1.
   void tokens_by(Index t, Index g, Index k, Index n, const float* panels, Index padded, float* sums, float* block) const {
-    const float* rows = block;
-    Index stride = pitch(n);
-    if (x.direct()) {
-      if constexpr (std::is_same_v<X, float>) rows = x.rows.row(t) + k;
-      stride = x.rows.stride;
-    } else {
-      for (Index i = 0; i < g; ++i) x.convert(t + i, k, n, block + i * stride);
-    }
-    for_panels(padded, [&](auto packets, Index begin) {
-      in_steps<RegisterTile::rows_of(packets)>(g, [&](auto m, Index i) {
-        tile<m, packets>(n, rows + i * stride, stride, panels + begin * n, sums + i * padded + begin, padded, k == 0);
+    const Index step = x.direct() ? n : converted;
+    for (Index c = 0; c < n; c += step) {
+      const Index columns = smaller(step, n - c);
+      const float* rows = block;
+      Index stride = pitch(converted);
+      if (x.direct()) {
+        if constexpr (std::is_same_v<X, float>) rows = x.rows.row(t) + k;
+        stride = x.rows.stride;
+      } else {
+        for (Index i = 0; i < g; ++i) x.convert(t + i, k + c, columns, block + i * stride);
+      }
+      RowWalk<X> next = behind(t, g, k, k + c + columns);
+      for_panels(padded, [&](auto packets, Index begin) {
+        in_steps<RegisterTile::rows_of(packets)>(g, [&](auto m, Index i) {
+          tile<m, packets>(columns, rows + i * stride, stride, panels + begin * n + c * packets * width,
+                           sums + i * padded + begin, padded, k + c == 0, next);
+        });
       });
-    });
+    }
+  }
+  /// What is converted next: the same tokens' columns from c on, or the next tokens' from k on.
+  RowWalk<X> behind(Index t, Index g, Index k, Index c) const {
+    if (x.direct()) return {};
+    const Index end = smaller(k + sweep, w.cols);
+    if (c >= end) t += g, c = k;
+    return {x.rows.row(t) + c, x.rows.stride, smaller(g, x.rows.rows - t), smaller(converted, end - c)};
   }
   template <int T, int N>
   [[gnu::flatten, gnu::noinline]] static void tile(Index n, const float* rows, Index stride, const float* panel,
-                                                   float* sums, Index padded, bool first) {
+                                                   float* sums, Index padded, bool first, RowWalk<X>& next) {
     Tile<T, N> c;
     if (first)
       c.clear();
     else
       c.load_from(sums, padded);
-    outer(n, Rows3<T>(rows, stride), Panel<float>{panel, N * width}, c);
+    RowWalk<X> walk = next;
+    outer(n, Rows3<T>(rows, stride), Panel<float>{panel, N * width}, c, [&](Index i) { walk.template step<2>(i); });
+    next = walk;
     c.store_to(sums, padded);
   }
 };

@@ -19,45 +19,70 @@ namespace detail {
 
 typedef unsigned long long Bits64 __attribute__((vector_size(4 * width)));
 
-/// The halves of the 64-bit products of each lane with m.
-[[gnu::always_inline]] inline void multiply(Bits32 v, std::uint32_t m, Bits32& high, Bits32& low) {
-  const Bits64 wide = loramix::detail::bit_cast<Bits64>(v), factor = Bits64{} + m;
-  const Bits64 even = loramix::detail::multiply_low_halves(wide, factor);
-  const Bits64 odd = loramix::detail::multiply_low_halves(wide >> 32, factor);
-  low = loramix::detail::bit_cast<Bits32>((even & 0xffffffffu) | odd << 32);
-  high = loramix::detail::bit_cast<Bits32>(even >> 32 | (odd & ~std::uint64_t{0xffffffffu}));
-}
+/// Philox4x32-10 on width / 2 blocks: a word in the low half of each lane; what the high halves hold is never looked at.
+class PhiloxLanes {
+ public:
+  [[gnu::always_inline]] PhiloxLanes(Bits64 block, std::uint32_t purpose, std::uint64_t token)
+      : w0_(block), w1_(Bits64{} + purpose), w2_(Bits64{} + token), w3_(Bits64{} + (token >> 32)) {}
+
+  [[gnu::always_inline]] void round(std::uint32_t k0, std::uint32_t k1) {
+    const Bits64 p0 = loramix::detail::multiply_low_halves(w0_, Bits64{} + 0xd2511f53u);
+    const Bits64 p1 = loramix::detail::multiply_low_halves(w2_, Bits64{} + 0xcd9e8d57u);
+    w0_ = high(p1) ^ w1_ ^ (Bits64{} + k0);
+    w1_ = p1;
+    w2_ = high(p0) ^ w3_ ^ (Bits64{} + k1);
+    w3_ = p0;
+  }
+  /// Word i of these blocks and of others, in turn.
+  template <int I>
+  [[gnu::always_inline]] Bits32 with(const PhiloxLanes& odd) const {
+    return (Bits32)((word<I>() & 0xffffffffu) | odd.template word<I>() << 32);
+  }
+
+ private:
+  /// The high halves where the low ones were: a shuffle, for shifts share a port with multiplications.
+  template <int... I>
+  [[gnu::always_inline]] static Bits64 swap(Bits32 v, std::integer_sequence<int, I...>) {
+    return (Bits64)__builtin_shufflevector(v, v, (I | 1)...);
+  }
+  [[gnu::always_inline]] static Bits64 high(Bits64 v) {
+    return swap((Bits32)v, std::make_integer_sequence<int, width>{});
+  }
+  template <int I>
+  [[gnu::always_inline]] Bits64 word() const {
+    return I == 0 ? w0_ : I == 1 ? w1_ : I == 2 ? w2_ : w3_;
+  }
+  Bits64 w0_, w1_, w2_, w3_;
+};
 
 /// bits[i / 8] for columns [c0, c0 + n) of row t; c0 is a multiple of 8. Room for a multiple of `width` bytes.
 inline void keep_bits(const Dropout& dropout, Index t, Index c0, Index n, std::uint8_t* bits) {
   const std::uint64_t token = dropout.first_token + static_cast<std::uint64_t>(t);
-  Bits32 lane;
-  for (int i = 0; i < width; ++i) lane[i] = static_cast<std::uint32_t>(i);
-  const Bits32 threshold = Bits32{} + dropout.p16;
-  for (Index c = 0; c < n; c += 8 * width) {
-    Bits32 w0 = lane + static_cast<std::uint32_t>((c0 + c) / 8);
-    Bits32 w1 = Bits32{} + static_cast<std::uint32_t>(Purpose::dropout), w2 = Bits32{} + static_cast<std::uint32_t>(token),
-           w3 = Bits32{} + static_cast<std::uint32_t>(token >> 32);
+  const std::uint32_t purpose = static_cast<std::uint32_t>(Purpose::dropout);
+  Bits64 lane;
+  for (int i = 0; i < width / 2; ++i) lane[i] = static_cast<unsigned>(2 * i);
+  typedef std::uint16_t Halves __attribute__((vector_size(4 * width)));
+  const Halves threshold = Halves{} + static_cast<std::uint16_t>(dropout.p16);
+  for (Index c = 0; c < n; c += 8 * width, bits += width) {
+    const Bits64 block = lane + static_cast<std::uint64_t>((c0 + c) / 8);
+    PhiloxLanes even(block, purpose, token), odd(block + 1u, purpose, token);
     std::uint32_t k0 = static_cast<std::uint32_t>(dropout.key), k1 = static_cast<std::uint32_t>(dropout.key >> 32);
-    for (int round = 0; round < 10; ++round) {
-      Bits32 high0, low0, high1, low1;
-      multiply(w0, 0xd2511f53u, high0, low0);
-      multiply(w2, 0xcd9e8d57u, high1, low1);
-      w0 = high1 ^ w1 ^ k0;
-      w1 = low1;
-      w2 = high0 ^ w3 ^ k1;
-      w3 = low0;
+    unroll<10>([&](auto) {
+      even.round(k0, k1);
+      odd.round(k0, k1);
       k0 += 0x9e3779b9u;
       k1 += 0xbb67ae85u;
-    }
-    const auto two = [threshold](Bits32 w) {
-      return ((Bits32)((w & 0xffffu) >= threshold) & 1u) | ((Bits32)((w >> 16) >= threshold) & 2u);
+    });
+    // Word i: its low half is column 2i of the block, its high half column 2i + 1.
+    const auto halves = [threshold](Bits32 w, std::uint32_t bits_of_word) {
+      return (Bits32)((Halves)w >= threshold) & bits_of_word;
     };
-    const Bits32 keep = two(w0) | two(w1) << 2 | two(w2) << 4 | two(w3) << 6;
+    const Bits32 kept = halves(even.with<0>(odd), 0x00020001u) | halves(even.with<1>(odd), 0x00080004u) |
+                        halves(even.with<2>(odd), 0x00200010u) | halves(even.with<3>(odd), 0x00800040u);
+    const Bits32 keep = kept | kept >> 16;
     typedef std::uint8_t Bytes __attribute__((vector_size(width)));
     const Bytes bytes = __builtin_convertvector(keep, Bytes);
     std::memcpy(bits, &bytes, sizeof(bytes));
-    bits += width;
   }
 }
 
@@ -66,14 +91,18 @@ inline void keep_bits(const Dropout& dropout, Index t, Index c0, Index n, std::u
   constexpr int bytes = width < 8 ? 1 : width / 8;
   std::uint32_t word = 0;
   std::memcpy(&word, bits + c / 8, bytes);
+  if constexpr (loramix::detail::has_mask_registers && width == 16) {
+    return loramix::detail::keep_lanes_by_mask(v, static_cast<unsigned short>(word));
+  }
   Bits32 lane;
   unroll<width>([&](auto i) { lane[int{i}] = 1u << i; });
   const Bits32 kept = (Bits32)(((Bits32{} + (word >> c % 8)) & lane) != 0u);
   return from_bits(to_bits(v) & kept);
 }
 
-/// values[i] = values[i] · scale where column c0 + i of row t is kept, else 0, for i in [0, n); c0 is a multiple of 8.
-inline void drop(const Dropout& dropout, Index t, Index c0, Index n, float* values) {
+/// out[i] = x[i] · 1/(1 − p̄) where column c0 + i of row t is kept, else 0, for i in [0, n); c0 is a multiple of 8.
+template <class X>
+void drop(const Dropout& dropout, Index t, Index c0, Index n, const X* x, float* out) {
   const Packet scale = splat(static_cast<float>(dropout.kept_scale()));
   for (Index c = 0; c < n; c += 8 * width) {
     const Index columns = n - c < 8 * width ? n - c : 8 * width;
@@ -84,10 +113,10 @@ inline void drop(const Dropout& dropout, Index t, Index c0, Index n, float* valu
     else
       keep_bits(dropout, t, c0 + c, columns, drawn);
     Index i = 0;
-    for (; i + width <= columns; i += width) store(values + c + i, keep_lanes(mul(load(values + c + i), scale), bits, i));
+    for (; i + width <= columns; i += width) store(out + c + i, keep_lanes(mul(load(x + c + i), scale), bits, i));
     if (i < columns) {
-      const Packet rest = keep_lanes(mul(load_part(values + c + i, columns - i), scale), bits, i);
-      store_part(values + c + i, rest, columns - i);
+      const Packet rest = keep_lanes(mul(load_part(x + c + i, columns - i), scale), bits, i);
+      store_part(out + c + i, rest, columns - i);
     }
   }
 }
