@@ -263,8 +263,7 @@ class ProductTest {
     // Shrink again, where the gate is known and only open ranks need be computed. All that follows reads this U.
     const lm::GateForm<Score, space> select = case_.shape.shared_a ? lm::GateForm<Score, space>{} : gate.form();
     const Tensor<H, Acc> u = Tensor<H, Acc>::poisoned(harness_, u_.view().rows, u_.view().cols, case_.padding);
-    run(harness_,
-        lm::Shrink<X, W, Acc, Score, space>{A_.view(), {}, x_.view(), dropout_, u.view(), {}, select});
+    run(harness_, lm::Shrink<X, W, Acc, Score, space>{A_.view(), {}, x_.view(), dropout_, u.view(), {}, select});
 
     // Expand.
     Tensor<H, X> y = output<X>(case_.shape.tokens, case_.shape.d_out);

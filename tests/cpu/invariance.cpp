@@ -136,7 +136,8 @@ TEST_CASE_TEMPLATE("the number of tokens changes no token of its class", T, floa
   for (const Index count : {65, 67, 129}) check_count(by_class, batch, count, tokens);
 }
 
-TEST_CASE_TEMPLATE("the number of tokens changes no token where one order is asked for", T, float, double, lm::bfloat16) {
+TEST_CASE_TEMPLATE("the number of tokens changes no token where one order is asked for", T, float, double,
+                   lm::bfloat16) {
   Random random(seed(32));
   const Batch<T> batch = draw_batch<T>(random);
   for (const Backend& be : always) {

@@ -35,8 +35,8 @@ struct ForwardOptions {
   Arena<S>* save = nullptr;  // the reserve; null: inference
   Key key = no_draws;        // draws of this call; none: no dropout
   Keep keep = Keep::z;
-  Into into = Into::add;     // y
-  bool dropout_off = false;  // saving without draws though the adapter has dropout, on purpose
+  Into into = Into::add;               // y
+  bool dropout_off = false;            // saving without draws though the adapter has dropout, on purpose
   MatrixView<std::uint8_t, S> mask{};  // [T, mask_bytes(d_in)] or empty: keep the dropout mask as bits until backward
   // What the batch says of its tokens, for routers and losses that ask (gate/batch.hpp).
   Groups<S> sequences{};
@@ -556,6 +556,14 @@ Dropout begin_forward(const Backend& be, const A& adapter, X x, const Arena<A::s
                       const ForwardOptions<A::space>& options) {
   const char* const op = "forward";
   check::view(op, "x", x);
+  if (options.mask.data != nullptr) {
+    if constexpr (ProductAdapter<A>) {
+      check::shape(op, "mask", options.mask, "the number of tokens", x.rows, "mask_bytes of d_in", mask_bytes(x.cols));
+      check::disjoint(op, "mask", options.mask, "x", x);
+    } else {
+      fail(check::detail::about(ErrorCode::value, op, "mask") << " is given, but this adapter keeps none");
+    }
+  }
   if (!options.valid.empty()) check::same(op, "valid", "size", options.valid.size, "the number of tokens", x.rows);
   const Dropout dropout = make_dropout(op, adapter.dropout(), options.key);
   const Index work_bytes = without_alignment<A>(workspace_bytes(be, adapter, x.rows));
@@ -702,7 +710,7 @@ Saved<A> forward(const Backend& be, const A& adapter, MatrixView<const typename 
   const auto gate = adapter.gate();
   const Index tokens = x.rows, ranks = adapter.B().cols;
   const bool save = options.save != nullptr, keep_u = save && options.keep == Keep::z;
-  const Dropout dropout = detail::begin_forward(be, adapter, x, y, work, options);
+  Dropout dropout = detail::begin_forward(be, adapter, x, y, work, options);
 
   const GateCall<A::space> call{
       tokens, {options.sequences, options.tasks, options.labels, options.valid}, options.key, options.selection_bias};
@@ -721,6 +729,10 @@ Saved<A> forward(const Backend& be, const A& adapter, MatrixView<const typename 
   typename T::ExpandOp expand{u, form, adapter.B(), typename T::Acc(adapter.scale()), y, options.into};
   shrink.check();
   expand.check();
+  if (dropout.on() && options.mask.data != nullptr) {
+    dropout = draw_mask(be, dropout, tokens, x.cols, options.mask);
+    shrink.dropout = dropout;
+  }
 
   // Ranks that the gate may close wait for the router.
   const bool wait = T::computed && select;

@@ -88,8 +88,9 @@ struct Dropout {
   std::uint64_t key = 0;
   std::uint64_t first_token = 0;
   std::uint32_t p16 = 0;
-  const std::uint8_t* mask = nullptr;  // bits that were drawn before (ops/draw_mask.hpp); null: they are drawn when asked for
-  Index mask_stride = 0;               // bytes from row to row
+  const std::uint8_t* mask =
+      nullptr;            // bits that were drawn before (ops/draw_mask.hpp); null: they are drawn when asked for
+  Index mask_stride = 0;  // bytes from row to row
 
   LORAMIX_HD constexpr bool on() const { return p16 != 0; }
   LORAMIX_HD constexpr double kept_scale() const { return 65536.0 / (65536.0 - p16); }

@@ -59,7 +59,8 @@ struct PanelContraction {
       ranks = smaller(most_ranks, round_up(blocks_of(all_ranks, parts), wide));
       ranks = larger(width, smaller(ranks, round_up(all_ranks, width)));
       rank_jobs = blocks_of(all_ranks, ranks);
-      const Cut cut(all_tokens, blocks_of(lanes, larger(1, rank_jobs)), larger(1, most_sums / ranks / group) * group, group);
+      const Cut cut(all_tokens, blocks_of(lanes, larger(1, rank_jobs)), larger(1, most_sums / ranks / group) * group,
+                    group);
       tokens = cut.size;
       token_jobs = cut.jobs;
     }
@@ -83,7 +84,8 @@ struct PanelContraction {
       const Index columns = smaller(sweep, w.cols - k);
       pack(w, r, ranks, k, columns, panels);
       for (Index t = 0; t < n; t += group) {
-        tokens_by(t0 + t, smaller(group, n - t), k, columns, panels, padded, sums + t * padded, panels + padded * columns);
+        tokens_by(t0 + t, smaller(group, n - t), k, columns, panels, padded, sums + t * padded,
+                  panels + padded * columns);
       }
     }
     const Packet factor = splat(scale);
@@ -100,7 +102,8 @@ struct PanelContraction {
   static constexpr Index pitch(Index columns) { return round_up(columns, width) + width; }
 
   /// g tokens from t on × columns [k, k + n). What is converted is converted in blocks that stay in L1.
-  void tokens_by(Index t, Index g, Index k, Index n, const float* panels, Index padded, float* sums, float* block) const {
+  void tokens_by(Index t, Index g, Index k, Index n, const float* panels, Index padded, float* sums,
+                 float* block) const {
     const Index step = x.direct() ? n : converted;
     for (Index c = 0; c < n; c += step) {
       const Index columns = smaller(step, n - c);

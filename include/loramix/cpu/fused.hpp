@@ -60,7 +60,8 @@ struct Contraction {
     const Index tokens = x.rows.rows;
     if (tokens == 0 || w.rows == 0) return;
     if constexpr (M == Major::row) {
-      if (by_dots(be.tuning, tokens)) return run_dots(be, DotContraction<X, W>{x, w, sweep_of(be.tuning), scale, out}, lanes);
+      if (by_dots(be.tuning, tokens))
+        return run_dots(be, DotContraction<X, W>{x, w, sweep_of(be.tuning), scale, out}, lanes);
     }
     const PanelContraction<X, W, M> contraction{x, w, sweep_of(be.tuning), scale, out};
     const typename PanelContraction<X, W, M>::Jobs jobs(tokens, w.rows, be.lanes());
@@ -92,9 +93,8 @@ void run_spread(const Backend<E>& be, const Spread<Y, W, M>& spread, MatrixView<
     if (class_of(be.tuning, tokens) != TokenClass::many) {
       const bool wake = tokens > few_tokens || spread.ranks() * columns * Index{sizeof(W)} > be.tuning.serial_bytes;
       const Cut cut(columns, wake ? be.lanes() : 1, columns, spread.panel);
-      be.run(cut.jobs, [&](Index i, Index lane) {
-        spread.run_natural(cut.begin(i), cut.count(i, columns), scratch.row(lane));
-      });
+      be.run(cut.jobs,
+             [&](Index i, Index lane) { spread.run_natural(cut.begin(i), cut.count(i, columns), scratch.row(lane)); });
       return;
     }
   }
@@ -162,11 +162,13 @@ void run_grouped(const Backend<E>& be, const GroupedContraction<X, W, M>& job, M
     over_rows(be, job.out.rows, [&](Index t) {
       for (Index j = 0; j < job.out.cols; ++j) job.out(t, j) = 0;
     });
-    be.run(s.chunks() * s.groups(), [&](Index i, Index lane) { job.run_dots(i / s.groups(), i % s.groups(), lanes.row(lane)); });
+    be.run(s.chunks() * s.groups(),
+           [&](Index i, Index lane) { job.run_dots(i / s.groups(), i % s.groups(), lanes.row(lane)); });
     return;
   }
   const Cut cut(s.chunks(), be.lanes(), job.most_chunks(s), 1);
-  be.run(cut.jobs, [&](Index i, Index lane) { job.run_packed(cut.begin(i), cut.count(i, s.chunks()), lanes.row(lane)); });
+  be.run(cut.jobs,
+         [&](Index i, Index lane) { job.run_packed(cut.begin(i), cut.count(i, s.chunks()), lanes.row(lane)); });
 }
 template <class E, class Y, class W, Major M>
 void run_grouped(const Backend<E>& be, const GroupedSpread<Y, W, M>& spread, MatrixView<float> lanes) {
@@ -250,8 +252,8 @@ struct FusedShrinkBackward {
                           Back::scratch(ranks, sweep));
     if (grouped) {
       selection = Selection(arena, op.select);
-      floats = larger(floats, larger(GroupedSum::scratch(selection),
-                                     GroupedSpread<X, W, Major::row>::scratch(ranks, sweep)));
+      floats = larger(floats,
+                      larger(GroupedSum::scratch(selection), GroupedSpread<X, W, Major::row>::scratch(ranks, sweep)));
     }
     lanes = carve_lanes(arena, be.lanes(), floats);
   }
@@ -294,7 +296,8 @@ struct FusedExpand {
       : grouped(is_grouped(be.tuning, op.gate, op.u.cols)), gated(arena.matrix<float>(op.u.rows, op.B.cols)) {
     const Index sweep = Out::sweep_of(be.tuning, op.B.cols);
     if (grouped) selection = Selection(arena, op.gate);
-    lanes = carve_lanes(arena, be.lanes(), larger(Out::scratch(op.B.cols, sweep), GroupedOut::scratch(op.B.cols, sweep)));
+    lanes =
+        carve_lanes(arena, be.lanes(), larger(Out::scratch(op.B.cols, sweep), GroupedOut::scratch(op.B.cols, sweep)));
   }
 
   template <class E, class Op>
@@ -329,11 +332,12 @@ struct FusedExpandBackward {
         dut(arena.matrix<float>(op.u.rows, op.B.cols)),
         by_token(loramix::detail::carve_contributions<float>(arena, op.gate, op.dgate)) {
     constexpr bool direct = std::is_same_v<Y, float>;
-    Index floats = larger(ranks.scratch(be, op.u.rows, direct),
-                          Sum::scratch(op.B.cols, be.tuning.tokens_per_sum, direct));
+    Index floats =
+        larger(ranks.scratch(be, op.u.rows, direct), Sum::scratch(op.B.cols, be.tuning.tokens_per_sum, direct));
     if (grouped) {
       selection = Selection(arena, op.gate);
-      floats = larger(floats, larger(Grouped::scratch(be.tuning, selection, op.dy.cols, direct), GroupedSum::scratch(selection)));
+      floats = larger(
+          floats, larger(Grouped::scratch(be.tuning, selection, op.dy.cols, direct), GroupedSum::scratch(selection)));
     }
     lanes = carve_lanes(arena, be.lanes(), floats);
   }

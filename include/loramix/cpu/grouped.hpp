@@ -59,7 +59,8 @@ struct GroupedContraction {
       for (Index c = c0; c < c0 + n; ++c) {
         convert(c, k, columns, block);
         RowWalk<X> next{};
-        if (x.direct() && c + 1 < c0 + n) next = {x.rows.row((c + 1) * Selection::chunk) + k, x.rows.stride, s.tokens(c + 1), columns};
+        if (x.direct() && c + 1 < c0 + n)
+          next = {x.rows.row((c + 1) * Selection::chunk) + k, x.rows.stride, s.tokens(c + 1), columns};
         sweep_chunk(c, k, columns, panels, block, sums + (c - c0) * per_chunk, next);
       }
     }
@@ -127,7 +128,8 @@ struct GroupedContraction {
       for_panels(ranks, [&](auto packets, Index begin) {
         in_steps<listed_rows(packets)>(list.count, [&](auto m, Index i) {
           tile<m, packets>(n, list.entries + i, rows, stride, panels + begin * n,
-                           sums + (list.first_entry + i) * padded(*selection) + begin, padded(*selection), k == 0, next);
+                           sums + (list.first_entry + i) * padded(*selection) + begin, padded(*selection), k == 0,
+                           next);
         });
       });
       panels += round_up(ranks, width) * n;
@@ -220,7 +222,8 @@ struct GroupedSpread {
         }
       }
       RowWalk<Y> next{};
-      if (c + 1 < chunk + n) next = {all.y.row((c + 1) * Selection::chunk) + c0, all.y.stride, selection->tokens(c + 1), columns};
+      if (c + 1 < chunk + n)
+        next = {all.y.row((c + 1) * Selection::chunk) + c0, all.y.stride, selection->tokens(c + 1), columns};
       for (Index j = 0; j < columns; j += panel) {
         const Place place{c, c0 + j, smaller(panel, columns - j), keep + j / 8, keep_pitch(columns), partial, &next};
         if (j < copied) {
@@ -354,9 +357,10 @@ struct GroupedTokenSum {
     const Selection& s = *selection;
     const Index r0 = s.rank_begin(g0), ranks = s.rank_begin(g0 + groups - 1) + s.rank_count(g0 + groups - 1) - r0;
     const float** const list_rows = reinterpret_cast<const float**>(scratch);
-    float* const sums = scratch + pointers;       // [ranks, sweep]
-    float* const lefts = sums + ranks * sweep;    // of one list
-    float* const tail = lefts + together * Selection::chunk * round_up(s.most_ranks(), rows);  // the last, partial panel
+    float* const sums = scratch + pointers;     // [ranks, sweep]
+    float* const lefts = sums + ranks * sweep;  // of one list
+    float* const tail =
+        lefts + together * Selection::chunk * round_up(s.most_ranks(), rows);  // the last, partial panel
     float* const block = tail + together * Selection::chunk * panel;
     for (Index i = 0; i < ranks * sweep; ++i) sums[i] = 0;
     const Index step = x.direct() ? together : 1, whole = columns / panel * panel;

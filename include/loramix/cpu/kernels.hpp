@@ -21,11 +21,11 @@ namespace detail {
 /// What fits into the registers: M rows × N packets beside N packets of the panel and one of a.
 struct RegisterTile {
   static constexpr bool many = registers >= 32;
-  static constexpr int wide = many ? 4 : 2;                           // packets of the widest panel
-  static constexpr int rows_of(int packets) {                         // rows beside so many packets
+  static constexpr int wide = many ? 4 : 2;    // packets of the widest panel
+  static constexpr int rows_of(int packets) {  // rows beside so many packets
     return packets == 4 ? 6 : packets == 2 && many ? 12 : packets == 2 ? 6 : many ? 12 : 8;
   }
-  static constexpr int sum_rows = many ? 8 : 4, sum_packets = 3;      // of a sum over tokens
+  static constexpr int sum_rows = many ? 8 : 4, sum_packets = 3;  // of a sum over tokens
   static constexpr int dot_rows = many ? 3 : 2, dot_columns = many ? 8 : 4;
 };
 

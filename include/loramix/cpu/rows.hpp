@@ -1,7 +1,9 @@
 /// Row operations and token sums on the CPU: a team of one thread, chunks of rows as jobs.
 #pragma once
 #include <loramix/cpu/backend.hpp>
+#include <loramix/cpu/dropout.hpp>
 #include <loramix/ops/column_sum.hpp>
+#include <loramix/ops/draw_mask.hpp>
 #include <loramix/ops/rows.hpp>
 
 namespace loramix {
@@ -19,6 +21,17 @@ void execute_impl(const Backend<E>& be, const Rows<Body, Space::host>& op, Arena
   be.run((op.rows + chunk - 1) / chunk, [&op](Index job, Index) {
     const Index end = (job + 1) * chunk < op.rows ? (job + 1) * chunk : op.rows;
     for (Index t = job * chunk; t < end; ++t) op.body(SerialTeam{}, t);
+  });
+}
+
+/// Masks are drawn many columns at a time.
+template <class E>
+void execute_impl(const Backend<E>& be, const Rows<DrawMaskRow<Space::host>, Space::host>& op, Arena<>) {
+  const auto& mask = op.body;
+  be.run((op.rows + 15) / 16, [&op, &mask](Index job, Index) {
+    for (Index t = job * 16; t < detail::smaller(job * 16 + 16, op.rows); ++t) {
+      detail::keep_bits(mask.dropout, t, 0, mask.columns, mask.bits.row(t));
+    }
   });
 }
 

@@ -26,10 +26,10 @@ struct TokenSum {
 
   static constexpr int packets = RegisterTile::sum_packets;
   static constexpr int rows = RegisterTile::sum_rows;
-  static constexpr Index panel = packets * width;           // columns
-  static constexpr Index sweep = 1008;                      // columns of a job: a multiple of every panel, and of 8
+  static constexpr Index panel = packets * width;  // columns
+  static constexpr Index sweep = 1008;             // columns of a job: a multiple of every panel, and of 8
   static constexpr Index ranks_of_job = 128;
-  static constexpr Index few_ranks = 32;                    // up to here x is read where it lies
+  static constexpr Index few_ranks = 32;  // up to here x is read where it lies
 
   static Index scratch(Index ranks, Index tokens_per_sum, bool direct) {
     const Index block = direct ? panel : sweep + 8 * width, most = round_up(smaller(ranks, ranks_of_job), rows);

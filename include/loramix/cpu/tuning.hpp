@@ -38,10 +38,10 @@ struct Tuning {
   Path path = Path::automatic;
   Order order = Order::by_class;
   Grouping grouping = Grouping::automatic;
-  Index sweep = 1024;           // columns of x or y in one sweep over the tokens: a page of float, for fewer page walks
-  Index weights = 128 * 1024;   // values of a block of weights that stay in L2 during a sweep
+  Index sweep = 1024;          // columns of x or y in one sweep over the tokens: a page of float, for fewer page walks
+  Index weights = 128 * 1024;  // values of a block of weights that stay in L2 during a sweep
   Index tokens_per_sum = 48;   // tokens added to dA, dB before their sums leave the registers
-  Index serial_bytes = 1 << 18; // T ≤ 4: weights below which other threads are not worth waking
+  Index serial_bytes = 1 << 18;  // T ≤ 4: weights below which other threads are not worth waking
 };
 
 namespace detail {
@@ -59,7 +59,6 @@ constexpr TokenClass class_of(const Tuning& tuning, Index tokens) {
   if (tuning.order == Order::fixed || tokens > some_tokens) return TokenClass::many;
   return tokens > few_tokens ? TokenClass::some : TokenClass::few;
 }
-
 
 /// Columns of a sweep: whole packets, whole blocks of dropout.
 constexpr Index sweep_of(const Tuning& tuning) { return larger(64, tuning.sweep / 64 * 64); }

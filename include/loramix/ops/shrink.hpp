@@ -28,9 +28,9 @@ struct Shrink {
   MatrixView<const W, S> side;  // [n, d_in]
   MatrixView<const X, S> x;     // [T, d_in]
   Dropout dropout;
-  MatrixView<Acc, S> u;            // [T, R_a]
-  MatrixView<Score, S> h;          // [T, n]
-  GateForm<Score, S> select{};     // what will be read of U; no tokens: everything
+  MatrixView<Acc, S> u;         // [T, R_a]
+  MatrixView<Score, S> h;       // [T, n]
+  GateForm<Score, S> select{};  // what will be read of U; no tokens: everything
 
   void check() const {
     check::view(name, "A", A);
