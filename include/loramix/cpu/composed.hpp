@@ -191,6 +191,7 @@ Lanes<Acc> carve(Arena<>& arena, const Backend<E>& be, const Shrink<X, W, Acc, S
 }
 }  // namespace detail
 
+/// Workspace of the composed path.
 template <class E, class X, class W, class Acc, class Score>
 Index composed_scratch(const Backend<E>& be, const Shrink<X, W, Acc, Score, Space::host>& op) {
   return carved_bytes<Space::host>([&](Arena<>& arena) { detail::carve(arena, be, op); });
@@ -243,6 +244,7 @@ ShrinkBackwardScratch<Acc> carve(Arena<>& arena, const Backend<E>& be,
 }
 }  // namespace detail
 
+/// Workspace of the composed path.
 template <class E, class X, class W, class Acc, class Score, class G>
 Index composed_scratch(const Backend<E>& be, const ShrinkBackward<X, W, Acc, Score, G, Space::host>& op) {
   return carved_bytes<Space::host>([&](Arena<>& arena) { detail::carve(arena, be, op); });
@@ -331,6 +333,7 @@ bool nothing_open(const GateForm<Score>& gate, Index t) {
 }
 }  // namespace detail
 
+/// Workspace of the composed path.
 template <class E, class Acc, class W, class Y, class Score, Major M>
 Index composed_scratch(const Backend<E>& be, const Expand<Acc, W, Y, Score, Space::host, M>& op) {
   return carved_bytes<Space::host>([&](Arena<>& arena) { detail::carve(arena, be, op); });
@@ -390,6 +393,7 @@ ExpandBackwardScratch<Acc> carve(Arena<>& arena, const Backend<E>& be,
 }
 }  // namespace detail
 
+/// Workspace of the composed path.
 template <class E, class Acc, class W, class Y, class Score, class G, Major M>
 Index composed_scratch(const Backend<E>& be, const ExpandBackward<Acc, W, Y, Score, G, Space::host, M>& op) {
   return carved_bytes<Space::host>([&](Arena<>& arena) { detail::carve(arena, be, op); });
