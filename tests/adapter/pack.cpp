@@ -1,6 +1,8 @@
 // Packs and explain.
 #include "adapter/kinds.hpp"
 
+#include <loramix/adapter/mola.hpp>
+
 namespace loramix_test {
 namespace {
 
@@ -56,7 +58,6 @@ TEST_CASE("explain says path, tiles, cost and memory") {
   CHECK(e.forward_workspace == lm::workspace_bytes(b.be, b.adapter, 70));
   CHECK(e.backward_workspace == lm::workspace_bytes(b.be, b.adapter, 70, lm::Pass::backward));
   CHECK(e.cost.forward_flop == b.adapter.cost(70).forward_flop);
-  CHECK(e.facts.tile_tokens == 64);
   const Index rows_of_A = b.adapter.A().rows;
   CHECK(e.reserve_per_token - e.reserve_per_token_recomputed == rows_of_A * static_cast<Index>(sizeof(float)));
   std::FILE* file = std::tmpfile();
@@ -67,12 +68,35 @@ TEST_CASE("explain says path, tiles, cost and memory") {
   CHECK(std::fread(text, 1, sizeof text - 1, file) > 100);
   std::fclose(file);
   const std::string said = text;
-  for (const std::string& part : {std::string("70 tokens: cpu composed"), std::string("tiles of 64 tokens"),
+  for (const std::string& part : {std::string("70 tokens: cpu fused, all ranks: "), std::string(" tokens\n"),
                                   std::to_string(e.forward_workspace) + " bytes of workspace",
                                   std::to_string(e.backward_workspace) + " bytes of workspace",
                                   std::to_string(e.reserve_per_token) + " bytes kept per token"}) {
     CHECK_MESSAGE(said.find(part) != std::string::npos, part);
   }
+}
+
+TEST_CASE("explain says which path an adapter takes, and why") {
+  const auto said = [](const auto& adapter, Index tokens, const lm::cpu::Tuning& tuning = {}) {
+    const lm::PathFacts facts = lm::explain(lm::cpu::Backend{lm::SerialExecutor{}, tuning}, adapter, tokens).facts;
+    return std::string(facts.path) + "; " + facts.why + "; " + facts.kernels;
+  };
+  const auto has = [](const std::string& text, const char* part) { return text.find(part) != std::string::npos; };
+  const lm::Lora<float> lora({.d_in = 40, .d_out = 30, .rank = 16});
+  CHECK(has(said(lora, 70), "fused, all ranks"));
+  CHECK(has(said(lora, 70), "register tiles"));
+  CHECK(has(said(lora, 64), "as they lie"));
+  CHECK(has(said(lora, 64, {.order = lm::cpu::Order::fixed}), "register tiles"));
+  CHECK(
+      has(said(lora, 70, {.path = lm::cpu::Path::composed}), "composed (Eigen product, gate, Eigen product); Tuning"));
+  CHECK(has(said(lm::Lora<double>({.d_in = 40, .d_out = 30, .rank = 16}), 70), "composed"));
+
+  const lm::Mola<float> two_of_eight({.d_in = 40, .d_out = 30, .experts = 8, .rank = 2, .rule = {.k = 2}});
+  CHECK(has(said(two_of_eight, 70), "open ranks only; at most half"));
+  CHECK(has(said(two_of_eight, 70, {.grouping = lm::cpu::Grouping::dense}), "all ranks; Tuning::grouping"));
+  const lm::Mola<float> three_of_four({.d_in = 40, .d_out = 30, .experts = 4, .rank = 4, .rule = {.k = 3}});
+  CHECK(has(said(three_of_four, 70), "all ranks; more than half"));
+  CHECK(has(said(three_of_four, 70, {.grouping = lm::cpu::Grouping::grouped}), "open ranks only; Tuning::grouping"));
 }
 
 }  // namespace

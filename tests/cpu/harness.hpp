@@ -49,15 +49,15 @@ inline const std::vector<loramix::cpu::Tuning>& tunings() {
   return all;
 }
 
-template <loramix::Executor E = loramix::SerialExecutor>
+template <loramix::Executor E = loramix::SerialExecutor, class Backend = loramix::cpu::Backend<E>>
 class CpuHarness {
  public:
   static constexpr loramix::Space space = loramix::Space::host;
 
   CpuHarness() = default;
-  explicit CpuHarness(E executor, const loramix::cpu::Tuning& tuning = {}) : backend_{executor, tuning} {}
+  explicit CpuHarness(E executor, const loramix::cpu::Tuning& tuning = {}) : backend_(Backend{executor, tuning}) {}
 
-  const loramix::cpu::Backend<E>& backend() const { return backend_; }
+  const Backend& backend() const { return backend_; }
   template <class T>
   T* upload(const std::vector<T>& values) {
     const auto memory = std::make_shared<std::vector<T>>(values);
@@ -82,7 +82,7 @@ class CpuHarness {
   }
 
  private:
-  loramix::cpu::Backend<E> backend_;
+  Backend backend_;
   std::vector<std::shared_ptr<void>> alive_;
   std::vector<std::unique_ptr<Scratch>> scratch_;
 };

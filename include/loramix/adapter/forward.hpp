@@ -471,16 +471,24 @@ auto form_for_sizes(const A& adapter, Index tokens) {
   return form;
 }
 
+/// Expand without memory: sizes and gate.
+template <class A>
+typename ProductOf<A>::ExpandOp expand_for_sizes(const A& adapter, Index tokens) {
+  return {{nullptr, tokens, adapter.A().rows},
+          form_for_sizes(adapter, tokens),
+          adapter.B(),
+          {},
+          {nullptr, tokens, adapter.B().rows}};
+}
+
 template <class A, class Backend>
 Index stage_bytes(const Backend& be, const A& adapter, Index tokens) {
   using T = ProductOf<A>;
   const auto gate = adapter.gate();
-  const auto form = form_for_sizes(adapter, tokens);
+  const auto expand = expand_for_sizes(adapter, tokens);
   typename T::ShrinkOp shrink{adapter.A(), T::side(gate), {nullptr, tokens, adapter.A().cols}, {}, {}, {}};
   shrink.dropout.p16 = 1;  // the larger of the two sizes: a query does not depend on the call's draws
-  if (wants_selection(be, form, adapter.A().rows)) shrink.select = form;
-  const typename T::ExpandOp expand{
-      {nullptr, tokens, adapter.A().rows}, form, adapter.B(), {}, {nullptr, tokens, adapter.B().rows}};
+  if (wants_selection(be, expand.gate, adapter.A().rows)) shrink.select = expand.gate;
   return largest({scratch_bytes(be, shrink), scratch_bytes(be, expand), gate_scratch(be, gate, tokens)});
 }
 

@@ -171,13 +171,6 @@ void token_product(const Lane<Acc>& lane, MatrixView<const Acc> left, Index toke
 
 }  // namespace detail
 
-/// What explain() prints.
-template <class E>
-PathFacts path_of(const Backend<E>&) {
-  return {"cpu composed (Eigen product, gate, Eigen product)", "the path of every scalar, gate and size",
-          detail::tile_rows};
-}
-
 // ---- shrink -------------------------------------------------------------------------------------------------------
 
 namespace detail {

@@ -344,14 +344,21 @@ struct FusedExpandBackward {
 
   template <class E, class Op>
   void run(const Backend<E>& be, const Op& op) const {
+    run(be, op, [&](MatrixView<float> out) {
+      const Input<Y> dy{op.dy};
+      if (grouped)
+        run_grouped(be, Grouped{dy, op.B.transposed(), &selection, sweep_of(be.tuning), op.scale, out}, lanes);
+      else
+        ranks.run(be, dy, op.scale, out, lanes);
+    });
+  }
+  /// contract(out): out [T, R] = s dY B, the open ranks at least.
+  template <class E, class Op, class Contract>
+  void run(const Backend<E>& be, const Op& op, const Contract& contract) const {
     const Input<Y> dy{op.dy};
     const bool open = is_open(op.gate, op.u.cols) && op.dgate.values.data == nullptr;
-    if (grouped && op.u.rows != 0) {
-      selection.build(be);
-      run_grouped(be, Grouped{dy, op.B.transposed(), &selection, sweep_of(be.tuning), op.scale, dut}, lanes);
-    } else {
-      ranks.run(be, dy, op.scale, open ? op.du : dut, lanes);
-    }
+    if (grouped) selection.build(be);
+    if (op.u.rows != 0) contract(open ? op.du : dut);
     if (!open) {
       over_rows(be, op.u.rows, [&](Index t) {
         gate_row_backward(op.gate, t, op.u.row(t), op.u.cols, dut.row(t),

@@ -3,6 +3,7 @@
 /// them alike. Tiles for what belongs to a token, columns with tokens in order for what sums over them.
 #pragma once
 #include <loramix/cpu/composed.hpp>
+#include <loramix/cpu/dropout.hpp>
 #include <loramix/ops/mixlora.hpp>
 
 namespace loramix {
@@ -88,6 +89,59 @@ MixLanes<Acc> carve_mix(Arena<>& arena, Index lanes, Index ranks, Index experts,
   return {sizes, arena.matrix<Acc>(lanes, sizes.total())};
 }
 
+/// The kept columns [0, n) of a row's mask, as bits; nullptr: all.
+inline const std::uint8_t* mix_bits(const loramix::detail::MixMask& mask, Index n, std::uint8_t* drawn) {
+  if (!mask.dropout.on()) return nullptr;
+  keep_bits(mask.dropout, mask.token, mask.column, n, drawn);
+  return drawn;
+}
+inline Packet mix_kept(Packet v, const std::uint8_t* bits, Index c) {
+  return bits == nullptr ? v : keep_lanes(v, bits, c);
+}
+
+/// ops/mixlora.hpp's mix_row and mix_row_backward on packets, for n ≤ tile_cols.
+template <class Acc>
+void mix_columns(Index n, const loramix::detail::MixMask& mask, Acc g, Acc* t1, const Acc* t3, Acc* sum) {
+  if constexpr (!std::is_same_v<Acc, float>) {
+    loramix::detail::mix_row(SerialTeam{}, n, mask, g, t1, t3, sum);
+  } else {
+    std::uint8_t drawn[tile_cols / 8 + width];
+    const std::uint8_t* const bits = mix_bits(mask, n, drawn);
+    const Packet weight = splat(g), kept = splat(static_cast<float>(mask.dropout.kept_scale()));
+    over_packets(n, [&](Index c, auto lanes) {
+      const Packet a = lanes.load(t1 + c), gh = mul(weight, mul(mul(a, sigmoid(a)), lanes.load(t3 + c)));
+      lanes.store(sum + c, add(lanes.load(sum + c), gh));
+      lanes.store(t1 + c, mix_kept(mul(gh, kept), bits, c));
+    });
+  }
+}
+template <class Acc, class X>
+Acc mix_columns_backward(Index n, const loramix::detail::MixMask& mask, Acc g, const X* dhbar, Acc* t1, Acc* t3, Acc* q,
+                         Acc* du, Acc* dv) {
+  if constexpr (!std::is_same_v<Acc, float> || !(std::is_same_v<X, float> || is_16bit<X>)) {
+    return loramix::detail::mix_row_backward(SerialTeam{}, n, mask, g, dhbar, t1, t3, q, du, dv);
+  } else {
+    std::uint8_t drawn[tile_cols / 8 + width];
+    const std::uint8_t* const bits = mix_bits(mask, n, drawn);
+    const Packet weight = splat(g), one = splat(1), kept = splat(static_cast<float>(mask.dropout.kept_scale()));
+    Packet dg = splat(0);
+    over_packets(n, [&](Index c, auto lanes) {
+      const Packet a = lanes.load(t1 + c), b = lanes.load(t3 + c), sigma = sigmoid(a), act = mul(a, sigma);
+      const Packet slope = mul(sigma, fma(a, sub(one, sigma), one)), h = mul(act, b);
+      const Packet d = add(lanes.load(dhbar + c), mix_kept(mul(lanes.load(q + c), kept), bits, c)), gd = mul(weight, d);
+      const Packet dt1 = mul(mul(gd, b), slope), dt3 = mul(gd, act);
+      dg = fma(h, d, dg);
+      lanes.store(q + c, mix_kept(mul(mul(weight, h), kept), bits, c));
+      lanes.store(t1 + c, dt1);
+      lanes.store(t3 + c, dt3);
+      if (du == nullptr) return;
+      lanes.store(du + c, add(lanes.load(du + c), dt1));
+      lanes.store(dv + c, add(lanes.load(dv + c), dt3));
+    });
+    return detail::sum(dg);
+  }
+}
+
 /// What one (tile, expert, block of columns) needs.
 template <class Acc>
 struct MixBlock {
@@ -132,10 +186,10 @@ struct MixBlock {
     down_gradient(op.dz2, op.A2);
     for (Index i = 0; i < chosen.count; ++i) {
       const Index at = i * tile_cols, row = (chosen.token[i] - t0) * tile_cols;
-      const Acc dg = loramix::detail::mix_row_backward(
-          SerialTeam{}, width, loramix::detail::MixMask{op.dropout, chosen.token[i], column}, chosen.weight[i],
-          op.dhbar.row(chosen.token[i]) + column, lane.t1 + at, lane.t3 + at, lane.q + at,
-          slopes == nullptr ? nullptr : lane.first + row, slopes == nullptr ? nullptr : lane.then + row);
+      const Acc dg = mix_columns_backward(width, loramix::detail::MixMask{op.dropout, chosen.token[i], column},
+                                          chosen.weight[i], op.dhbar.row(chosen.token[i]) + column, lane.t1 + at,
+                                          lane.t3 + at, lane.q + at, slopes == nullptr ? nullptr : lane.first + row,
+                                          slopes == nullptr ? nullptr : lane.then + row);
       if (slopes != nullptr) slopes[i] += dg;
     }
   }
@@ -205,9 +259,8 @@ void execute_impl(const Backend<E>& be, const MixExperts<X, W, Acc, Score, Space
         block.activation(op.u, op.z1, op.scale, op.B1, lane.t1);
         block.activation(op.v, op.z3, op.scale, op.B3, lane.t3);
         for (Index i = 0; i < chosen.count; ++i) {
-          loramix::detail::mix_row(SerialTeam{}, n, loramix::detail::MixMask{op.dropout, chosen.token[i], c},
-                                   chosen.weight[i], lane.t1 + i * tile_cols, lane.t3 + i * tile_cols,
-                                   lane.first + (chosen.token[i] - t) * tile_cols);
+          mix_columns(n, loramix::detail::MixMask{op.dropout, chosen.token[i], c}, chosen.weight[i],
+                      lane.t1 + i * tile_cols, lane.t3 + i * tile_cols, lane.first + (chosen.token[i] - t) * tile_cols);
         }
         block.into_ranks(lane.t1, weight_block<Acc>(op.A2, e * rank, rank, c, n, lane.weights).transposed(),
                          lane.result + e * tile_rows * rank);

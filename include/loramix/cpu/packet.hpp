@@ -45,6 +45,12 @@ template <int N, class F>
 [[gnu::always_inline]] inline Packet fma(Packet a, Packet b, Packet c) { return Eigen::internal::pmadd(a, b, c); }
 [[gnu::always_inline]] inline Packet add(Packet a, Packet b) { return Eigen::internal::padd(a, b); }
 [[gnu::always_inline]] inline Packet mul(Packet a, Packet b) { return Eigen::internal::pmul(a, b); }
+[[gnu::always_inline]] inline Packet sub(Packet a, Packet b) { return Eigen::internal::psub(a, b); }
+/// 1 / (1 + exp(−a)), to a few units in the last place; below −88 something under 10⁻³⁸.
+[[gnu::always_inline]] inline Packet sigmoid(Packet a) {
+  namespace packets = Eigen::internal;
+  return packets::pdiv(splat(1), add(splat(1), packets::pexp(packets::pnegate(a))));
+}
 [[gnu::always_inline]] inline float sum(Packet a) { return Eigen::internal::predux(a); }
 // The packet of some machines carries attributes that do not matter here.
 #pragma GCC diagnostic push
@@ -113,6 +119,35 @@ inline void store_part(T* p, Packet v, Index n) {
   T lanes[width];
   store(lanes, v);
   for (Index i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+/// f(c, lanes) for c = 0, width, …: lanes.load and lanes.store touch the columns below n.
+struct WholePacket {
+  template <class T>
+  static Packet load(const T* p) {
+    return detail::load(p);
+  }
+  template <class T>
+  static void store(T* p, Packet v) {
+    detail::store(p, v);
+  }
+};
+struct PartOfPacket {
+  Index n;
+  template <class T>
+  Packet load(const T* p) const {
+    return load_part(p, n);
+  }
+  template <class T>
+  void store(T* p, Packet v) const {
+    store_part(p, v, n);
+  }
+};
+template <class F>
+[[gnu::always_inline]] inline void over_packets(Index n, const F& f) {
+  Index c = 0;
+  for (; c + width <= n; c += width) f(c, WholePacket{});
+  if (c < n) f(c, PartOfPacket{n - c});
 }
 
 }  // namespace detail

@@ -58,7 +58,44 @@ void run_product(const Backend<E>& be, const Op& op, Arena<> work) {
   composed(be, op, work);
 }
 
+inline PathFacts composed_facts(const char* why) {
+  return {"cpu composed (Eigen product, gate, Eigen product)", why, tile_rows};
+}
+/// How many ranks a fused call computes, and why.
+inline PathFacts fused_facts(const Tuning& tuning, const GateForm<float>& gate, Index columns_of_u) {
+  constexpr const char *all = "cpu fused, all ranks", *open = "cpu fused, open ranks only";
+  if (!selects(gate)) return {all, "the gate closes none for being not chosen", 0};
+  if (columns_of_u != gate.ranks) return {all, "experts share one A: each of its ranks is needed", 0};
+  if (tuning.grouping != Grouping::automatic)
+    return {tuning.grouping == Grouping::grouped ? open : all, "Tuning::grouping says so", 0};
+  if (grouping_pays(gate.ids.cols, gate.experts, gate.ranks))
+    return {open, "at most half of 16 or more are open, and skipping the others costs less", 0};
+  return {all, "more than half are open, or there are fewer than 16: skipping the others costs more", 0};
+}
+
 }  // namespace detail
+
+/// What explain() prints: of a product of some scalars, gate and size; without one, of all that are made of products.
+template <class E, class Acc, class W, class Y, class Score, Major M>
+PathFacts path_of(const Backend<E>& be, const Expand<Acc, W, Y, Score, Space::host, M>& op) {
+  using namespace detail;
+  if constexpr (!has_kernels<Y, W, Acc, Score>) {
+    return composed_facts("there are fused kernels for float, bfloat16 and half, summed in float");
+  } else {
+    if (be.tuning.path == Path::composed) return composed_facts("Tuning::path says so");
+    PathFacts facts = fused_facts(be.tuning, op.gate, op.u.cols);
+    const bool many = class_of(be.tuning, op.u.rows) == TokenClass::many;
+    facts.kernels = many ? "register tiles, weights packed for a sweep of columns" : "weights read once, as they lie";
+    facts.tile_tokens = many ? Index{Spread<Y, W, transposed(M)>::rows} : op.u.rows;
+    return facts;
+  }
+}
+template <class E>
+PathFacts path_of(const Backend<E>& be) {
+  if (be.tuning.path == Path::composed) return detail::composed_facts("Tuning::path says so");
+  return {"cpu fused", "float, bfloat16 and half summed in float; other scalars are composed",
+          detail::Spread<float, float, Major::row>::rows, "register tiles"};
+}
 
 template <class E, class Score>
 bool wants_selection_impl(const Backend<E>& be, const GateForm<Score>& form, Index columns) {

@@ -25,11 +25,13 @@ concept Implements = requires(const Backend& be, const Op& op, Arena<Op::space> 
 };
 }  // namespace detail
 
-/// What a backend says of itself; backends give `path_of(backend)`, found by argument-dependent lookup.
+/// What a backend says of itself. Backends give `path_of(backend)` and, where it depends on more, `path_of(backend, expand)`,
+/// which reads sizes only; both are found by argument-dependent lookup.
 struct PathFacts {
   const char* path;
   const char* why;
   Index tile_tokens;
+  const char* kernels = "library products";
 };
 
 /// Bytes of workspace that executing `op` takes. Reads sizes only: its views may be null.

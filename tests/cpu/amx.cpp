@@ -1,0 +1,86 @@
+// Adapters on tiles for bfloat16: the same bits whatever the threads and the batch. Not run where the machine has none.
+#include <loramix/cpu/amx.hpp>
+
+#include <loramix/adapter/mola.hpp>
+#include <loramix/core/thread_pool.hpp>
+
+#include "adapter/kinds.hpp"
+
+namespace loramix_test {
+namespace {
+
+namespace cpu = lm::cpu;
+
+bool has_tiles() {
+  if (!cpu::request_amx()) MESSAGE("not run: this machine has no AMX, or its system does not lend it");
+  return cpu::request_amx();
+}
+
+struct Step {
+  lm::Matrix<lm::bfloat16> y, dx;
+  std::vector<float> gradient;
+};
+template <class Backend>
+Step step(const Backend& be, Index tokens, double dropout) {
+  using A = lm::Mola<lm::Precision<lm::bfloat16, lm::bfloat16>>;
+  Batch<A> b({.d_in = 151, .d_out = 133, .experts = 4, .rank = 11, .alpha = 3, .dropout = dropout}, tokens);
+  Step out{b.zeros_y(), b.zeros_dx(), {}};
+  auto grad = lm::zeros_like(b.adapter);
+  lm::Buffer<std::byte> work(lm::workspace_bytes(be, b.adapter, tokens, lm::Pass::backward)),
+      kept(lm::reserve_bytes(b.adapter, tokens));
+  lm::Arena<> reserve{kept};
+  auto saved =
+      lm::forward(be, b.adapter, b.x.view(), out.y.view(), lm::Arena<>{work}, {.save = &reserve, .key = b.key});
+  lm::backward(be, b.adapter, saved, b.x.view(), b.dy.view(), out.dx.view(), grad, lm::Arena<>{work});
+  const auto flat = grad.parameters();
+  for (Index i = 0; i < flat.size; ++i) out.gradient.push_back(lm::widen<float>(flat.data[i]));
+  return out;
+}
+
+}  // namespace
+
+TEST_CASE("tiles are taken by many tokens, and where they are granted") {
+  cpu::AmxBackend be;
+  CHECK(be.tiles(65) == cpu::request_amx());
+  CHECK_FALSE(be.tiles(64));
+  be.tuning.order = cpu::Order::fixed;
+  CHECK(be.tiles(1) == cpu::request_amx());
+  be.tuning.path = cpu::Path::composed;
+  CHECK_FALSE(be.tiles(65));
+  be = {};
+  be.granted = false;
+  CHECK_FALSE(be.tiles(65));
+  const Step with = step(be, 70, 0.5), packets = step(cpu::Backend{}, 70, 0.5);
+  CHECK(same_bits(with.y, packets.y));
+  CHECK(same_bits(with.dx, packets.dx));
+  CHECK(with.gradient == packets.gradient);
+}
+
+TEST_CASE("tiles: the same bits for 1, 2 and 3 threads") {
+  if (!has_tiles()) return;
+  for (const double dropout : {0.0, 0.5}) {
+    const Step one = step(cpu::AmxBackend{}, 197, dropout);
+    bool differs = false;
+    for (const float v : one.gradient) differs = differs || v != 0;
+    CHECK(differs);
+    for (const int threads : {2, 3}) {
+      lm::ThreadPool pool(threads);
+      const Step more = step(cpu::AmxBackend{pool.executor()}, 197, dropout);
+      CHECK(same_bits(one.y, more.y));
+      CHECK(same_bits(one.dx, more.dx));
+      CHECK(one.gradient == more.gradient);
+    }
+  }
+}
+
+TEST_CASE("tiles: a token's row does not depend on the batch it is in") {
+  if (!has_tiles()) return;
+  const Step small = step(cpu::AmxBackend{}, 65, 0.0), large = step(cpu::AmxBackend{}, 131, 0.0);
+  Index same = 0;
+  for (Index t = 0; t < 65; ++t) {
+    for (Index o = 0; o < 133; ++o) same += small.y(t, o).bits == large.y(t, o).bits;
+  }
+  CHECK(same == 65 * 133);
+}
+
+}  // namespace loramix_test
