@@ -508,12 +508,22 @@ TEST_CASE("sizes that no memory has: refused, whichever check sees it first") {
 }
 
 TEST_CASE("a scratch size that leaves 63 bits is refused, not wrapped") {
+  const Index ranks = Index{1} << 58;  // so many that the size of the scratch leaves 63 bits
   Case<Shrink> s = shrink();
-  Shrink virtual_op;  // R so large that the size of the scratch leaves 63 bits
-  virtual_op.A = {s.op.A.data, Index{1} << 58, 1};
-  virtual_op.x = {s.op.x.data, 1, 1};
-  virtual_op.u = {s.op.u.data, 1, Index{1} << 58};
-  check_error(ErrorCode::overflow, {"2"}, [&] { lm::scratch_bytes(s.be, virtual_op); });
+  Shrink composed;
+  composed.A = {s.op.A.data, ranks, 1};
+  composed.x = {s.op.x.data, 1, 1};
+  composed.u = {s.op.u.data, 1, ranks};
+  const lm::cpu::Backend<> by_library{{}, {.path = lm::cpu::Path::composed}};
+  check_error(ErrorCode::overflow, {"2"}, [&] { lm::scratch_bytes(by_library, composed); });
+
+  Case<Expand<Major::column>> e = expand<Major::column>();
+  Expand<Major::column> fused;
+  fused.B = {e.op.B.data, 1, ranks};
+  fused.u = {e.op.u.data, 1, ranks};
+  fused.y = {e.op.y.data, 1, 1};
+  fused.gate = lm::OpenGate<float>{}.form(1, ranks);
+  check_error(ErrorCode::overflow, {"2"}, [&] { lm::scratch_bytes(e.be, fused); });
 }
 
 TEST_CASE("slices of one interleaved buffer are legal, and give the bits of separate buffers") {

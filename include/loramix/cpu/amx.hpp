@@ -180,7 +180,7 @@ struct TileContraction {
   static constexpr Index pitch = sweep + 32;
   static Index padded(Index ranks) { return round_up(ranks, TileBlock::columns); }
   /// Floats that all jobs share: the packed weights.
-  static Index shared(Index ranks, Index depth) { return padded(ranks) * round_up(depth, 32) / 2 + 16; }
+  static Index shared(Index ranks, Index depth) { return elements(padded(ranks), round_up(depth, 32)) / 2 + 16; }
   static Index scratch(Index ranks) { return 32 * padded(ranks) + 32 * pitch / 2; }
 
   void pack(Index k32, bfloat16* packed) const {
@@ -240,7 +240,7 @@ struct TileSpread {
 
   static constexpr Index sweep = 256;  // columns
   static Index padded(Index ranks) { return round_up(ranks, 32); }
-  static Index shared(Index ranks, Index depth) { return padded(ranks) * round_up(depth, 32) / 2 + 16; }
+  static Index shared(Index ranks, Index depth) { return elements(padded(ranks), round_up(depth, 32)) / 2 + 16; }
   static Index scratch(Index ranks, Index side) {
     return 32 * sweep + 32 * (padded(ranks) + padded(side)) + 32 * keep_pitch / 4;
   }
@@ -325,6 +325,7 @@ struct TileSpread {
   void write(Index t, Index n, Index c, Index columns, Packet factor, const std::uint8_t* keep,
              const float* sums) const {
     for (Index i = 0; i < n; ++i) {
+      if (all->idle != nullptr && all->idle[t + i] != 0) continue;
       bfloat16* const to = all->y.row(t + i) + c;
       const float* const from = sums + i * sweep;
       const auto value = [&](Index j) {
@@ -356,6 +357,7 @@ struct TileShrink {
   template <class E>
   void run(const Backend<E>& be, const TileContraction& c) const {
     if (c.w.rows == 0 || c.out.rows == 0) return;
+    if (c.w.cols == 0) return set_zero(be, c.out);
     be.run(blocks_of(c.w.cols, 32), [&](Index k, Index) { c.pack(k, packed); });
     be.run(blocks_of(c.out.rows, 32), [&](Index i, Index lane) {
       Tiles::configure();
@@ -482,6 +484,7 @@ template <class E>
 Index scratch_impl(const AmxBackend<E>& be, const detail::TileExpandOp& op) {
   return detail::tile_scratch(be, op, op.u.rows, [&](Arena<>& arena) {
     arena.matrix<float>(op.u.rows, op.B.cols);
+    detail::carve_idle(arena, op);
     detail::TileExpand(arena, be, op.B.cols, 0, op.B.rows);
   });
 }
@@ -489,8 +492,10 @@ template <class E>
 void execute_impl(const AmxBackend<E>& be, const detail::TileExpandOp& op, Arena<> work) {
   using namespace detail;
   if (!be.tiles(op.u.rows)) return execute_impl(be.packets(), op, work);
-  const auto left = gated_ranks(be, op.u, op.gate, work.matrix<float>(op.u.rows, op.B.cols));
-  const Spread<bfloat16, bfloat16, Major::row> out{{left, op.B.transposed()}, {}, {}, op.scale, op.into, op.y};
+  const auto gated = work.matrix<float>(op.u.rows, op.B.cols);
+  std::uint8_t* const idle = carve_idle(work, op);
+  const auto left = gated_ranks(be, op.u, op.gate, gated, idle);
+  const Spread<bfloat16, bfloat16, Major::row> out{{left, op.B.transposed()}, {}, {}, op.scale, op.into, op.y, idle};
   TileExpand(work, be, op.B.cols, 0, op.B.rows).run(be, out);
 }
 

@@ -9,6 +9,7 @@
 #include <cstdlib>
 
 #include <loramix/core/precision.hpp>
+#include <loramix/cpu/gate_rows.hpp>
 #include <loramix/cpu/gemm.hpp>
 #include <loramix/cpu/rows.hpp>
 #include <loramix/ops/expand.hpp>
@@ -24,13 +25,6 @@ inline constexpr Index tile_rows = 64;     // tokens of one product
 inline constexpr Index tile_cols = 256;    // columns of x or y beside them
 inline constexpr Index rank_block = 64;    // ranks of one block of dA, dB
 inline constexpr Index tiles_per_job = 8;  // tiles that share one widened block of weights
-
-/// a · b; where that is more than any memory, a number whose bytes overflow, and three of which fit in Index.
-constexpr Index elements(Index a, Index b) {
-  constexpr Index most = INT64_MAX / 4;
-  Index out;
-  return __builtin_mul_overflow(a, b, &out) || out > most ? most : out;
-}
 
 /// One lane's scratch: products of [tile_rows, …] and everything around them.
 template <class Acc>
@@ -312,17 +306,6 @@ void apply_gate(const Backend<E>& be, MatrixView<const Acc> u, const GateForm<Sc
   using Body = loramix::detail::ApplyGate<Acc, Score, Space::host>;
   execute_impl(be, Rows<Body, Space::host>{u.rows, {u, gate, gated}}, Arena<>{});
   fill_zero(gated.data + u.rows * gated.stride, (gated.rows - u.rows) * gated.stride);
-}
-/// Whether the gate says "no expert" for token t: its row of y needs no write.
-template <class Score>
-bool nothing_open(const GateForm<Score>& gate, Index t) {
-  if (gate.ids.data == nullptr) return false;
-  const Index group = gate.id_groups.of(t);
-  if (group < 0) return true;
-  for (Index k = 0; k < gate.ids.cols; ++k) {
-    if (gate.ids(group, k) >= 0) return false;
-  }
-  return true;
 }
 }  // namespace detail
 

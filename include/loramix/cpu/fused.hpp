@@ -9,6 +9,8 @@
 /// Determinism: cpu/tuning.hpp.
 /// Example:     ops/shrink.hpp
 #pragma once
+#include <algorithm>
+
 #include <loramix/core/precision.hpp>
 #include <loramix/cpu/contract.hpp>
 #include <loramix/cpu/gate_rows.hpp>
@@ -34,7 +36,21 @@ inline constexpr bool has_kernels =
 
 /// One block of floats per lane.
 inline MatrixView<float> carve_lanes(Arena<>& arena, Index lanes, Index floats) {
+  check::at_least("executor", "lanes()", lanes, 1);
   return arena.matrix<float>(lanes, round_up(floats, 16));
+}
+
+/// f(t) for every row.
+template <class E, class F>
+void over_rows(const Backend<E>& be, Index rows, const F& f) {
+  const Cut cut(rows, be.lanes(), 128, 1);
+  be.run(cut.jobs, [&](Index i, Index) {
+    for (Index t = cut.begin(i); t < cut.begin(i) + cut.count(i, rows); ++t) f(t);
+  });
+}
+template <class E>
+void set_zero(const Backend<E>& be, MatrixView<float> out) {
+  over_rows(be, out.rows, [&](Index t) { std::fill_n(out.row(t), out.cols, 0.f); });
 }
 
 /// A contraction with the weights w [R, d].
@@ -59,6 +75,7 @@ struct Contraction {
   void run(const Backend<E>& be, const Input<X>& x, float scale, MatrixView<float> out, MatrixView<float> lanes) const {
     const Index tokens = x.rows.rows;
     if (tokens == 0 || w.rows == 0) return;
+    if (w.cols == 0) return set_zero(be, out);
     if constexpr (M == Major::row) {
       if (by_dots(be.tuning, tokens))
         return run_dots(be, DotContraction<X, W>{x, w, sweep_of(be.tuning), scale, out}, lanes);
@@ -132,18 +149,15 @@ inline bool is_open(const GateForm<float>& gate, Index columns_of_u) {
          gate.subset.data == nullptr && gate.weights.data == nullptr && gate.values.data == nullptr &&
          gate.multiplier.data == nullptr && gate.rank_scale.data == nullptr;
 }
-template <class E, class F>
-void over_rows(const Backend<E>& be, Index rows, const F& f) {
-  const Cut cut(rows, be.lanes(), 128, 1);
-  be.run(cut.jobs, [&](Index i, Index) {
-    for (Index t = cut.begin(i); t < cut.begin(i) + cut.count(i, rows); ++t) f(t);
-  });
-}
+/// `idle`, where it is given: which tokens the gate gives no expert.
 template <class E>
 MatrixView<const float> gated_ranks(const Backend<E>& be, MatrixView<const float> u, const GateForm<float>& gate,
-                                    MatrixView<float> gated) {
+                                    MatrixView<float> gated, std::uint8_t* idle = nullptr) {
   if (is_open(gate, u.cols)) return u;
-  over_rows(be, u.rows, [&](Index t) { apply_gate_row(gate, t, u.row(t), u.cols, gated.row(t)); });
+  over_rows(be, u.rows, [&](Index t) {
+    apply_gate_row(gate, t, u.row(t), u.cols, gated.row(t));
+    if (idle != nullptr) idle[t] = nothing_open(gate, t) ? 1 : 0;
+  });
   return gated;
 }
 
@@ -158,10 +172,9 @@ inline bool is_grouped(const Tuning& tuning, const GateForm<float>& gate, Index 
 template <class E, class X, class W, Major M>
 void run_grouped(const Backend<E>& be, const GroupedContraction<X, W, M>& job, MatrixView<float> lanes) {
   const Selection& s = *job.selection;
+  if (job.w.cols == 0) return set_zero(be, job.out);
   if (job.by_dots(be.tuning, s, job.out.rows)) {
-    over_rows(be, job.out.rows, [&](Index t) {
-      for (Index j = 0; j < job.out.cols; ++j) job.out(t, j) = 0;
-    });
+    set_zero(be, job.out);
     be.run(s.chunks() * s.groups(),
            [&](Index i, Index lane) { job.run_dots(i / s.groups(), i % s.groups(), lanes.row(lane)); });
     return;
@@ -282,18 +295,27 @@ struct FusedShrinkBackward {
 /// The order of Bᵀ [R, d_out].
 constexpr Major transposed(Major m) { return m == Major::row ? Major::column : Major::row; }
 
+/// Room to note the tokens without an expert; their rows of y are not touched where the op adds.
+template <class Op>
+std::uint8_t* carve_idle(Arena<>& arena, const Op& op) {
+  return op.gate.ids.cols == 0 || op.into == Into::set ? nullptr : arena.take<std::uint8_t>(op.u.rows);
+}
+
 template <class W, class Y, Major M>
 struct FusedExpand {
   using Out = Spread<Y, W, transposed(M)>;
   using GroupedOut = GroupedSpread<Y, W, transposed(M)>;
   bool grouped;
   MatrixView<float> gated;  // [T, R]
+  std::uint8_t* idle;       // [T] or null
   Selection selection;
   MatrixView<float> lanes;
 
   template <class E, class Op>
   FusedExpand(Arena<>& arena, const Backend<E>& be, const Op& op)
-      : grouped(is_grouped(be.tuning, op.gate, op.u.cols)), gated(arena.matrix<float>(op.u.rows, op.B.cols)) {
+      : grouped(is_grouped(be.tuning, op.gate, op.u.cols)),
+        gated(arena.matrix<float>(op.u.rows, op.B.cols)),
+        idle(carve_idle(arena, op)) {
     const Index sweep = Out::sweep_of(be.tuning, op.B.cols);
     if (grouped) selection = Selection(arena, op.gate);
     lanes =
@@ -303,8 +325,8 @@ struct FusedExpand {
   template <class E, class Op>
   void run(const Backend<E>& be, const Op& op) const {
     if (op.y.empty()) return;
-    const auto left = gated_ranks(be, op.u, op.gate, gated);
-    const Out out{{left, op.B.transposed()}, {}, {}, op.scale, op.into, op.y};
+    const auto left = gated_ranks(be, op.u, op.gate, gated, idle);
+    const Out out{{left, op.B.transposed()}, {}, {}, op.scale, op.into, op.y, idle};
     if (!grouped) return run_spread(be, out, lanes);
     selection.build(be);
     run_grouped(be, GroupedOut{out, &selection}, lanes);

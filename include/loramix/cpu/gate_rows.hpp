@@ -44,6 +44,18 @@ void each_open_run(const GateForm<float>& gate, const FloatRow& row, F&& f) {
   }
 }
 
+/// Whether the gate says "no expert" for token t: its row of y needs no write.
+template <class Score>
+bool nothing_open(const GateForm<Score>& gate, Index t) {
+  if (gate.ids.data == nullptr) return false;
+  const Index group = gate.id_groups.of(t);
+  if (group < 0) return true;
+  for (Index k = 0; k < gate.ids.cols; ++k) {
+    if (gate.ids(group, k) >= 0) return false;
+  }
+  return true;
+}
+
 /// gated[t, :] = U ∘ g. U has `shared` columns: all ranks, or those of one expert.
 inline void apply_gate_row(const GateForm<float>& gate, Index t, const float* u, Index shared, float* gated) {
   const FloatRow row(gate, t);

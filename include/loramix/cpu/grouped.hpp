@@ -203,7 +203,7 @@ struct GroupedSpread {
   static constexpr Index panel = column_panel;
 
   static Index scratch(Index ranks, Index sweep) {
-    return ranks * sweep + Selection::chunk * (panel + keep_pitch(sweep) / 4 + width);
+    return elements(ranks, sweep) + Selection::chunk * (panel + keep_pitch(sweep) / 4 + width);
   }
 
   /// Chunks [chunk, chunk + n) × columns [c0, c0 + columns), at most one sweep. `natural`: weights as they lie.
@@ -303,11 +303,13 @@ struct GroupedSpread {
     const Packet kept = mul(splat(all.scale * static_cast<float>(all.dropout.kept_scale())), v);
     return keep_lanes(kept, place.keep + token * place.keep_pitch, j * width);
   }
-  /// y (+)= what was summed; an addition of nothing is left out where a token has no group.
+  /// y (+)= what was summed.
   void finish(const Place& place) const {
     const bool side = all.second.w.rows != 0;
     for (Index i = 0; i < selection->tokens(place.chunk); ++i) {
-      Y* const to = all.y.row(place.chunk * Selection::chunk + i) + place.c;
+      const Index t = place.chunk * Selection::chunk + i;
+      if (all.idle != nullptr && all.idle[t] != 0) continue;
+      Y* const to = all.y.row(t) + place.c;
       for (int j = 0; j < packets; ++j) {
         Packet v = load(place.partial + i * panel + j * width);
         if (!side) v = scaled(place, i, j, v);

@@ -31,7 +31,8 @@ struct Spread {
   Dropout dropout;          // of the first
   float scale;
   Into into;
-  MatrixView<Y> y;  // [T, d]
+  MatrixView<Y> y;                     // [T, d]
+  const std::uint8_t* idle = nullptr;  // [T] 1: nothing is added to this row of y
 
   static constexpr int packets = RegisterTile::wide;
   static constexpr int rows = RegisterTile::rows_of(packets);
@@ -43,7 +44,7 @@ struct Spread {
   static Index sweep_of(const Tuning& tuning, Index ranks) {
     return larger(panel, smaller(detail::sweep_of(tuning), tuning.weights / larger(1, ranks)) / panel * panel);
   }
-  static Index scratch(Index ranks, Index sweep) { return ranks * sweep + mask_values(sweep); }
+  static Index scratch(Index ranks, Index sweep) { return elements(ranks, sweep) + mask_values(sweep); }
 
   /// Tokens [t0, t0 + n) × columns [c0, c0 + columns), at most one sweep.
   void run_packed(Index t0, Index n, Index c0, Index columns, float* scratch) const {
@@ -105,7 +106,7 @@ struct Spread {
     if (second.w.rows != 0) {
       outer(second.w.rows, Rows3<T>(second.left.row(t), second.left.stride), Panel<Weight>{w2, step2}, sum);
     }
-    sum.each([&](int i, int j, Packet v) {
+    const auto write = [&](int i, int j, Packet v) {
       Y* const to = y.row(t + i) + c + j * width;
       const Index left = n - j * width;
       if (left >= width) {
@@ -113,6 +114,10 @@ struct Spread {
       } else if (left > 0) {
         store_part(to, into == Into::add ? add(load_part(to, left), v) : v, left);
       }
+    };
+    if (idle == nullptr) return sum.each(write);
+    sum.each([&](int i, int j, Packet v) {
+      if (idle[t + i] == 0) write(i, j, v);
     });
   }
 };

@@ -50,6 +50,12 @@ constexpr Index blocks_of(Index n, Index block) { return (n + block - 1) / block
 constexpr Index smaller(Index a, Index b) { return a < b ? a : b; }
 constexpr Index larger(Index a, Index b) { return a > b ? a : b; }
 constexpr Index round_up(Index n, Index to) { return blocks_of(n, to) * to; }
+/// a · b; where that is more than any memory, a number whose bytes overflow, and three of which fit in Index.
+constexpr Index elements(Index a, Index b) {
+  constexpr Index most = INT64_MAX / 4;
+  Index out;
+  return __builtin_mul_overflow(a, b, &out) || out > most ? most : out;
+}
 
 /// Classes of T.
 enum class TokenClass { few, some, many };
