@@ -76,7 +76,7 @@ TEST_CASE("a weighted sum is exact: signed weights, mixed ranks, scales and rank
   for (Index o = 0; o < 11; ++o) CHECK(same.B()(o, 1) == 0.5f * f.B()(o, 1));
 }
 
-TEST_CASE("PEERS 3.15 and 6.2: adding A and B element by element has cross terms, concatenation has none") {
+TEST_CASE("PEERS 3.15: adding A and B element by element has cross terms, concatenation has none") {
   const auto a = drawn<double>(3, 3, 1), b = drawn<double>(3, 3, 2);
   const Dense want = plus(0.5, delta(a), 0.5, delta(b));
   lm::Lora<double> linear({.d_in = 13, .d_out = 11, .rank = 3, .alpha = 3});

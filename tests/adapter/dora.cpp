@@ -86,7 +86,7 @@ TEST_CASE("the engine's own X Wᵀ in y: one product with W, and dY passed on") 
   check_close(dx, reference::plus(reference::plus(grid(dx_all), 1, plain), -1, engine), 1e-12);
 }
 
-TEST_CASE("DoRA at its start equals the base bit for bit, and m starts at the norms (PEERS 6.2)") {
+TEST_CASE("DoRA at its start equals the base bit for bit, and m starts at the norms") {
   for (const Index tokens : {1, 70}) {
     Beside<float> c(tokens, false);
     // [start]

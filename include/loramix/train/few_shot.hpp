@@ -2,9 +2,10 @@
 ///
 /// Computes:    new_task: an adapter of one task with the old A, B and selector, whose embedding is fresh ~ N(0, 0.01²) or
 ///              Σ a_i e_i with Σ a_i = 1; only_new_task(): the rules by which an optimiser moves nothing but it;
+///              task_weight_gradient: da_i += ⟨de, e_i⟩ for who trains a instead of the embedding that it makes;
 ///              append_task: all old tasks and the new one.
 /// Source:      MATH.md section 4 (MoRE, few-shot task).
-/// Parameters:  more: any MoRE on the host; a [tasks].
+/// Parameters:  more: any MoRE on the host; a [tasks] read, da [tasks] added to.
 /// Errors:      a of another size, or with a sum that is not 1 (to 1e-6); adapters of different configuration.
 /// Cost:        a copy of the parameters.
 /// Determinism: old tasks' parameters, ranks and outputs stay bit-identical.
@@ -76,6 +77,21 @@ More<P, Space::host, T> new_task(const More<P, Space::host, T>& more, std::span<
     to(0, c) = narrow<T>(value);
   }
   return one;
+}
+
+/// The gradient of the a that made the embedding whose gradient is in `gradient`. Σ a_i = 1 is the caller's to keep.
+template <class P, class T, class Gradient>
+void task_weight_gradient(const More<P, Space::host, T>& more, const Gradient& gradient, std::span<double> da) {
+  check::same("task_weight_gradient", "da", "size", static_cast<Index>(da.size()), "the number of tasks",
+              more.config().tasks);
+  const auto known = more.gate().scorer.embedding;
+  const auto de = gradient.gate().scorer.embedding;
+  check::same("task_weight_gradient", "the gradient", "size", de.cols, "that of an embedding", known.cols);
+  for (Index i = 0; i < known.rows; ++i) {
+    double sum = 0;
+    for (Index c = 0; c < known.cols; ++c) sum += widen<double>(de(0, c)) * widen<double>(known(i, c));
+    da[static_cast<std::size_t>(i)] += sum;
+  }
 }
 
 /// Everything but the embedding is frozen: AdamW(one, {…, .groups = only_new_task()}).
