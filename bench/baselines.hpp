@@ -4,10 +4,12 @@
 //   EigenProduct   the whole gated product in rank space: U = X Aᵀ, U ∘ g, Y += s U Bᵀ (B rank-major). The strongest peer
 //   ExpertLoop     the direct port of the public classes: expert by expert (its tokens gathered where not all are), a
 //                  [tokens, d_out] product of each kept for the gate's gradient
+//   TokenGather    what serves many adapters on CPUs elsewhere: A and B of a token's experts copied, then multiplied. Forward
 //   BaseGemm       Y = X Wᵀ, and dX = dY W where there is a backward: what the frozen linear costs
 #pragma once
 #include <Eigen/Core>
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <vector>
 
@@ -83,6 +85,8 @@ struct Assignment {
   std::vector<Index> tokens;
   std::vector<T> weights;   // one per token; empty: 1
   bool contiguous = false;  // tokens are a range: no gather
+  bool shared = false;      // A is the first `ranks` rows, for every expert
+  Index rank_begin_of_A() const { return shared ? 0 : rank_begin; }
 };
 
 // g [T, R] as the rank-space form multiplies it: 0 where closed.
@@ -97,49 +101,67 @@ lm::Matrix<T> dense_gate(Index tokens, Index ranks, const std::vector<Assignment
   return g;
 }
 
-// U is kept for backward. The gate is multiplied in as dense [T, R] (empty: open); its gradient is rank space's.
+// U [T, R_a] is kept for backward; where R_a < R it is repeated for every expert, as the gate is multiplied in. The gate
+// is dense [T, R] (null: open); its gradient is rank space's.
 template <class T>
 class EigenProduct {
  public:
-  EigenProduct(Index tokens, Index ranks, const lm::Matrix<T>* gate = nullptr)
-      : gate_(gate), u_(tokens, ranks), du_(tokens, ranks), gated_(gate == nullptr ? 0 : tokens, ranks) {}
+  EigenProduct(Index tokens, Index ranks, Index ranks_of_A, const lm::Matrix<T>* gate)
+      : gate_(gate),
+        u_(tokens, ranks_of_A),
+        du_(tokens, ranks_of_A),
+        gated_(gate == nullptr ? 0 : tokens, ranks),
+        dgated_(gate == nullptr ? 0 : tokens, ranks) {}
 
   template <class Backend>
   void forward(const Backend& be, const Operands<T>& o) {
     product<Backend, T>(be, false, u_, T(1), o.x, o.A.transposed());
-    product<Backend, T>(be, true, o.y, o.scale, gated(be, u_, gated_), o.B.transposed());
+    product<Backend, T>(be, true, o.y, o.scale, gated(be), o.B.transposed());
   }
   template <class Backend>
   void backward(const Backend& be, const Operands<T>& o) {
-    product<Backend, T>(be, false, du_, o.scale, o.dy, o.B);
-    product<Backend, T>(be, true, o.dB.transposed(), o.scale,
-                        View<const T>(gate_ == nullptr ? u_ : gated_).transposed(), o.dy);
-    if (gate_ != nullptr) {
-      auto du = eigen(View<T>(du_));
-      dgate_ = du.cwiseProduct(eigen(View<T>(u_))).sum();  // stands for dg: one more pass over [T, R]
-      gated(be, du_, du_);
-    }
+    product<Backend, T>(be, false, gate_ == nullptr ? du_ : dgated_, o.scale, o.dy, o.B);
+    product<Backend, T>(be, true, o.dB.transposed(), o.scale, gated(be).transposed(), o.dy);
+    if (gate_ != nullptr) gate_backward(be);
     product<Backend, T>(be, true, o.dA, T(1), View<const T>(du_).transposed(), o.x);
     product<Backend, T>(be, true, o.dx, T(1), View<const T>(du_), o.A);
   }
 
  private:
-  template <class Backend>
-  View<const T> gated(const Backend& be, Scratch<T>& in, Scratch<T>& out) {
-    if (gate_ == nullptr) return in;
+  // f(rows of the gate, the same of U, dU, U ∘ g and its gradient), over all lanes.
+  template <class Backend, class F>
+  void by_rows(const Backend& be, const F& f) {
     const View<const T> g = gate_->view();
-    const Index part = (g.rows + be.lanes() - 1) / be.lanes();
+    const View<T> u = u_, du = du_, z = gated_, dz = dgated_;
+    const Index part = (g.rows + be.lanes() - 1) / be.lanes(), ranks_of_A = u.cols;
     be.run(be.lanes(), [&](Index job, Index) {
       const Index begin = std::min(g.rows, job * part), n = std::min(part, g.rows - begin);
-      const View<T> to = out, from = in;
-      eigen(to.row_range(begin, n)) = eigen(from.row_range(begin, n)).cwiseProduct(eigen(g.row_range(begin, n)));
+      for (Index r = 0; n != 0 && r < g.cols; r += ranks_of_A) {
+        const auto of = [&](auto view) { return eigen(view.row_range(begin, n).col_range(r, ranks_of_A)); };
+        f(r == 0, of(g), eigen(u.row_range(begin, n)), eigen(du.row_range(begin, n)), of(z), of(dz));
+      }
     });
-    return out;
+  }
+  template <class Backend>
+  View<const T> gated(const Backend& be) {
+    if (gate_ == nullptr) return u_;
+    by_rows(be, [](bool, auto g, auto u, auto, auto z, auto) { z = u.cwiseProduct(g); });
+    return gated_;
+  }
+  template <class Backend>
+  void gate_backward(const Backend& be) {
+    std::atomic<T> sum{0};  // stands for dg: one more pass over [T, R]
+    by_rows(be, [&](bool first, auto g, auto u, auto du, auto, auto dz) {
+      sum.store(dz.cwiseProduct(u).sum(), std::memory_order_relaxed);
+      if (first)
+        du = dz.cwiseProduct(g);
+      else
+        du += dz.cwiseProduct(g);
+    });
   }
 
   const lm::Matrix<T>* gate_;
-  Scratch<T> u_, du_, gated_;
-  T dgate_ = 0;
+  Scratch<T> u_, du_, gated_, dgated_;
 };
 
 template <class T>
@@ -162,7 +184,7 @@ class ExpertLoop {
     for (std::size_t e = 0; e < experts_.size(); ++e) {
       const Assignment<T>& a = experts_[e];
       const auto x = gather(be, a, o.x, x_);
-      product<Backend, T>(be, false, kept_[e].h, T(1), x, o.A.row_range(a.rank_begin, a.ranks).transposed());
+      product<Backend, T>(be, false, kept_[e].h, T(1), x, o.A.row_range(a.rank_begin_of_A(), a.ranks).transposed());
       product<Backend, T>(be, false, kept_[e].out, o.scale, View<const T>(kept_[e].h),
                           o.B.col_range(a.rank_begin, a.ranks).transposed());
       const View<T> out = kept_[e].out;
@@ -174,7 +196,7 @@ class ExpertLoop {
     for (std::size_t e = 0; e < experts_.size(); ++e) {
       const Assignment<T>& a = experts_[e];
       const Index n = static_cast<Index>(a.tokens.size());
-      const auto A = o.A.row_range(a.rank_begin, a.ranks);
+      const auto A = o.A.row_range(a.rank_begin_of_A(), a.ranks);
       const auto B = o.B.col_range(a.rank_begin, a.ranks);
       const View<T> out = kept_[e].out, dy = dy_.rows(n), dx = dx_.rows(n), dh(dh_.rows(n).data, n, a.ranks);
       rows(be, a, [&](Index i, Index t) {
@@ -188,7 +210,8 @@ class ExpertLoop {
                           View<const T>(kept_[e].h).transposed(), View<const T>(dy));
       product<Backend, T>(be, false, dh, o.scale, View<const T>(dy), B);
       const auto x = gather(be, a, o.x, x_);
-      product<Backend, T>(be, true, o.dA.row_range(a.rank_begin, a.ranks), T(1), View<const T>(dh).transposed(), x);
+      product<Backend, T>(be, true, o.dA.row_range(a.rank_begin_of_A(), a.ranks), T(1), View<const T>(dh).transposed(),
+                          x);
       product<Backend, T>(be, false, dx, T(1), View<const T>(dh), A);
       rows(be, a, [&](Index i, Index t) { eigen(o.dx.row_range(t, 1)) += eigen(dx.row_range(i, 1)); });
     }
@@ -222,6 +245,60 @@ class ExpertLoop {
   std::vector<Kept> kept_;
   std::vector<std::vector<T>> dweights_;
   Scratch<T> dh_, x_, dx_, dy_;
+};
+
+// Token t's experts' A and B beside each other, as many copies as tokens use them.
+template <class T>
+class TokenGather {
+ public:
+  TokenGather(Index tokens, const Operands<T>& o, const std::vector<Assignment<T>>& experts) : of_token_(tokens) {
+    for (const Assignment<T>& e : experts) {
+      for (std::size_t i = 0; i < e.tokens.size(); ++i) {
+        of_token_[static_cast<std::size_t>(e.tokens[i])].push_back(
+            {e.rank_begin, e.ranks, e.weights.empty() ? T(1) : e.weights[i]});
+      }
+    }
+    for (const auto& parts : of_token_) {
+      begin_.push_back(ranks_);
+      for (const Part& p : parts) ranks_ += p.ranks;
+    }
+    A_ = lm::Matrix<T>(ranks_, o.A.cols), B_ = lm::Matrix<T>(ranks_, o.B.rows), u_ = lm::Matrix<T>(ranks_, 1);
+  }
+  // Values that are copied.
+  static Index elements(const Operands<T>& o, const std::vector<Assignment<T>>& experts) {
+    Index ranks = 0;
+    for (const Assignment<T>& e : experts) ranks += e.ranks * static_cast<Index>(e.tokens.size());
+    return ranks * (o.A.cols + o.B.rows);
+  }
+
+  template <class Backend>
+  void forward(const Backend& be, const Operands<T>& o) {
+    be.run(static_cast<Index>(of_token_.size()), [&](Index t, Index) {
+      const auto& parts = of_token_[static_cast<std::size_t>(t)];
+      Index r = begin_[static_cast<std::size_t>(t)];
+      for (const Part& p : parts) {
+        eigen(A_.view().row_range(r, p.ranks)) = eigen(o.A.row_range(p.begin, p.ranks));
+        eigen(B_.view().row_range(r, p.ranks)) = eigen(o.B.col_range(p.begin, p.ranks).transposed());
+        auto u = eigen(u_.view().row_range(r, p.ranks));
+        u.noalias() = eigen(A_.view().row_range(r, p.ranks)) * eigen(o.x.row_range(t, 1)).transpose();
+        eigen(o.y.row_range(t, 1)).noalias() +=
+            (o.scale * p.weight) * u.transpose() * eigen(B_.view().row_range(r, p.ranks));
+        r += p.ranks;
+      }
+    });
+  }
+  template <class Backend>
+  void backward(const Backend&, const Operands<T>&) {}
+
+ private:
+  struct Part {
+    Index begin, ranks;
+    T weight;
+  };
+  std::vector<std::vector<Part>> of_token_;
+  std::vector<Index> begin_;
+  Index ranks_ = 0;
+  lm::Matrix<T> A_, B_, u_;
 };
 
 template <class T>

@@ -23,7 +23,10 @@
 
 namespace bench {
 
-enum class Passes { forward, train };
+enum class Passes { forward, backward, train };
+inline const char* name_of(Passes pass) {
+  return pass == Passes::forward ? "forward" : pass == Passes::backward ? "backward" : "train";
+}
 
 using Backend = lm::cpu::Backend<lm::ThreadPool::PoolExecutor>;
 
@@ -41,38 +44,42 @@ struct Axes {
   const char* scalar = "float";
   const char* note = "";  // the shape's id in PEERS 4.8
 
+  bool forward() const { return pass != Passes::backward; }
+  bool backward() const { return pass != Passes::forward; }
   bool train() const { return pass == Passes::train; }
   std::string name(const std::string& family) const {
     const auto axis = [](const char* label, Index v) { return std::string("/") + label + ":" + std::to_string(v); };
-    return family + "/" + (train() ? "train" : "forward") + axis("T", T) + axis("d_in", d_in) + axis("d_out", d_out) +
-           axis("R", R) + axis("E", E) + axis("threads", threads) + "/scalar:" + scalar +
+    return family + "/" + name_of(pass) + axis("T", T) + axis("d_in", d_in) + axis("d_out", d_out) + axis("R", R) +
+           axis("E", E) + axis("threads", threads) + "/scalar:" + scalar +
            (*note == '\0' ? "" : std::string("/") + note);
   }
 };
 
-// forward, then backward where the row trains.
+// The row's passes; a backward alone is that of a forward that ran before.
 template <class B, class T>
 std::function<void()> calls(const Axes& axes, const Backend& be, std::shared_ptr<B> baseline,
                             std::vector<Operands<T>> ring) {
+  if (!axes.forward()) baseline->forward(be, ring[0]);
   return [=, next = std::size_t{0}]() mutable {
     const Operands<T>& o = ring[next];
     next = (next + 1) % ring.size();
-    baseline->forward(be, o);
-    if (axes.train()) baseline->backward(be, o);
+    if (axes.forward()) baseline->forward(be, o);
+    if (axes.backward()) baseline->backward(be, o);
   };
 }
 
-// Both add the same to the same: y, and in training dx, dA, dB. The largest difference over the largest value.
+// Both add the same to the same: y, or dx, dA, dB, or all of them. The largest difference over the largest value.
 template <class T>
 double disagreement(const Axes& axes, const Operands<T>& o, const std::function<void()>& a,
                     const std::function<void()>& b) {
   const auto zeroed = [&](const std::function<void()>& f) {
     eigen(o.y).setZero();
-    if (axes.train()) eigen(o.dx).setZero(), eigen(o.dA).setZero(), eigen(o.dB).setZero();
+    if (axes.backward()) eigen(o.dx).setZero(), eigen(o.dA).setZero(), eigen(o.dB).setZero();
     f();
     using Copy = Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic>;
-    std::vector<Copy> copies{eigen(o.y)};
-    if (axes.train()) copies.insert(copies.end(), {Copy(eigen(o.dx)), Copy(eigen(o.dA)), Copy(eigen(o.dB))});
+    std::vector<Copy> copies;
+    if (axes.forward()) copies.emplace_back(eigen(o.y));
+    if (axes.backward()) copies.insert(copies.end(), {Copy(eigen(o.dx)), Copy(eigen(o.dA)), Copy(eigen(o.dB))});
     return copies;
   };
   const auto of_a = zeroed(a), of_b = zeroed(b);
@@ -91,21 +98,29 @@ struct Baseline {
   bool same = true;
 };
 
-// Times one row and reports it. Returns nothing where a baseline disagrees: the row is then an error.
-template <class T>
-void run_row(benchmark::State& state, const Axes& axes, const Operands<T>& operands, std::function<void()> work,
-             const lm::bench::Floor& floor, std::vector<Baseline> baselines,
-             const std::function<void(const lm::bench::Measurement&)>& count) {
-  std::vector<lm::bench::Contender> others{{"A/A", work}};
-  for (Baseline& b : baselines) {
-    const double off = b.same ? disagreement(axes, operands, work, b.call) : 0;
-    if (!(off < 1e-3)) {
-      state.SkipWithError((b.name + " disagrees with the work by " + std::to_string(off)).c_str());
-      return;
-    }
-    others.push_back({b.name, b.call});
+// How thoroughly this run measures: set once, by main.
+struct Thoroughness {
+  lm::bench::RoundOptions rounds;
+  std::vector<std::string> beside;  // names of baselines; none: all
+
+  bool wants(const Baseline& b) const {
+    return beside.empty() || std::find(beside.begin(), beside.end(), b.name) != beside.end();
   }
-  const lm::bench::Measurement m = lm::bench::measure(work, floor, others);
+};
+inline Thoroughness& thoroughness() {
+  static Thoroughness of_this_run;
+  return of_this_run;
+}
+
+// Times one row and reports it.
+inline void time_row(benchmark::State& state, std::function<void()> work, const lm::bench::Floor& floor,
+                     const std::vector<Baseline>& baselines,
+                     const std::function<void(const lm::bench::Measurement&)>& count) {
+  std::vector<lm::bench::Contender> others{{"A/A", work}};
+  for (const Baseline& b : baselines) {
+    if (thoroughness().wants(b)) others.push_back({b.name, b.call});
+  }
+  const lm::bench::Measurement m = lm::bench::measure(work, floor, others, thoroughness().rounds);
   for (auto _ : state) state.SetIterationTime(m.time.median);
   count(m);
   state.counters["rounds"] = m.time.rounds;
@@ -124,6 +139,21 @@ void run_row(benchmark::State& state, const Axes& axes, const Operands<T>& opera
   }
 }
 
+// The same, once every baseline that computes the same agrees; the row is an error where one does not.
+template <class T>
+void run_row(benchmark::State& state, const Axes& axes, const Operands<T>& operands, std::function<void()> work,
+             const lm::bench::Floor& floor, const std::vector<Baseline>& baselines,
+             const std::function<void(const lm::bench::Measurement&)>& count) {
+  for (const Baseline& b : baselines) {
+    const double off = b.same && thoroughness().wants(b) ? disagreement(axes, operands, work, b.call) : 0;
+    if (!(off < 1e-3)) {
+      state.SkipWithError((b.name + " disagrees with the work by " + std::to_string(off)).c_str());
+      return;
+    }
+  }
+  time_row(state, std::move(work), floor, baselines, count);
+}
+
 // Registers one row, timed by run_row.
 inline void add_row(const std::string& family, const Axes& axes, std::function<void(benchmark::State&)> run) {
   benchmark::RegisterBenchmark(axes.name(family).c_str(), std::move(run))
@@ -134,7 +164,8 @@ inline void add_row(const std::string& family, const Axes& axes, std::function<v
 
 // Each family registers its rows.
 void register_instrument();
-void register_lora();
-void register_gates();
+void register_classes();
+void register_shapes();
+void register_stages();
 
 }  // namespace bench

@@ -8,7 +8,7 @@
 ///              caches as it leaves them itself. A sample during which the scheduler took the processor away is taken
 ///              again where it is short, up to three times, and the fastest kept; `disturbed` says how many stayed so.
 /// Errors:      none.
-/// Cost:        30 rounds; contenders over 50 ms take part in 15 of them.
+/// Cost:        30 rounds; contenders over 50 ms take part in 15 of them, contenders over a quarter of a second in 5.
 /// Determinism: the order is; times are not.
 /// Example:     bench/instrument.cpp
 #pragma once
@@ -34,16 +34,19 @@ namespace bench {
 struct Contender {
   std::string name;
   std::function<void()> call;
+  double sample = 0;  // seconds that one sample lasts at least, where that is more than the others need
 };
 
 /// How many rounds, and how long a sample.
 struct RoundOptions {
   int rounds = 30;
-  int rounds_of_slow = 15;
-  double slow = 0.05;    // seconds per call from which a contender is slow
-  double sample = 1e-3;  // seconds that one sample lasts at least
-  double warmed = 1e-2;  // seconds per call below which an untimed call goes before each sample
-  unsigned seed = 7;     // of the order
+  int rounds_of_slow = 15;    // a divisor of rounds, so that the slow ones meet each other
+  int rounds_of_slowest = 5;  // a divisor of rounds_of_slow
+  double slow = 0.05;         // seconds per call from which a contender is slow
+  double slowest = 0.25;      // and among the slowest
+  double sample = 1e-3;       // seconds that one sample lasts at least
+  double warmed = 1e-2;       // seconds per call below which an untimed call goes before each sample
+  unsigned seed = 7;          // of the order
 };
 
 /// Median, extremes and interquartile range of per-round values.
@@ -126,15 +129,19 @@ inline Rounds interleave(const std::vector<Contender>& contenders, const RoundOp
       count, std::vector<double>(static_cast<std::size_t>(options.rounds), std::numeric_limits<double>::quiet_NaN()));
   long samples = 0, disturbed = 0;
   std::mt19937 random(options.seed);
+  // Spreads n rounds evenly over all.
+  const auto among = [&options](int round, int n) {
+    return round * n / options.rounds != (round + 1) * n / options.rounds;
+  };
   for (int round = 0; round < options.rounds; ++round) {
-    // Spreads the slow ones' rounds evenly over all.
-    const bool with_slow =
-        round * options.rounds_of_slow / options.rounds != (round + 1) * options.rounds_of_slow / options.rounds;
+    const bool with_slow = among(round, options.rounds_of_slow), with_slowest = among(round, options.rounds_of_slowest);
     std::shuffle(order.begin(), order.end(), random);
     for (const std::size_t i : order) {
       if (estimate[i] > options.slow && !with_slow) continue;
+      if (estimate[i] > options.slowest && !with_slowest) continue;
       if (estimate[i] < options.warmed) contenders[i].call();
-      const long calls = std::max(1L, static_cast<long>(std::ceil(options.sample / estimate[i])));
+      const double at_least = std::max(options.sample, contenders[i].sample);
+      const long calls = std::max(1L, static_cast<long>(std::ceil(at_least / estimate[i])));
       const double seconds = detail::sample(contenders[i].call, calls, disturbed);
       ++samples;
       result.seconds[i][static_cast<std::size_t>(round)] = seconds;
