@@ -103,9 +103,11 @@ ShrinkPlan plan_shrink(const Tuning& tuning, Index tokens, Index width, int colu
   }
   plan.tiles = ceil_div(tokens, tile_rows);
   plan.groups = ceil_div(columns, plan.group);
-  const Index bytes = class_tokens(tokens) * width * Index{sizeof(typename Math::Left)} +
-                      columns * width * Index{sizeof(typename Math::Right)};
-  plan.chunks = chunks_for(tuning, bytes, ceil_div(width, shrink_stage));
+  // A tile streams x and the weights; what a chunk leaves is written and read, and the row stage moves some of it again.
+  const Index x = class_tokens(tokens) * width * Index{sizeof(typename Math::Left)};
+  const Index weights = columns * width * Index{sizeof(typename Math::Right)};
+  const Index sums = class_tokens(tokens) * columns * Index{sizeof(float)} * 5 / 2;
+  plan.chunks = static_cast<int>(parts_for(tuning, x + weights, x, sums, ceil_div(width, shrink_stage)));
   plan.chunk = round_up(width < 1 ? 1 : ceil_div(width, plan.chunks), shrink_stage);
   plan.chunks = static_cast<int>(width < 1 ? 1 : ceil_div(width, plan.chunk));
   if (plan.chunks == 1 || plan.groups == 0) return plan;
@@ -214,14 +216,12 @@ void launch_expand(const Backend& be, ExpandTask<Y, typename Math::Right> task) 
   task.window = static_cast<int>(steps < 2 ? 2 : round_up(steps, 2));
   while (task.window > 2 && Block::shared_bytes(task.window) > tuning.machine.shared_bytes) task.window -= 2;
   task.aligned = reinterpret_cast<std::uintptr_t>(task.y.data) % 16 == 0 && task.y.stride * Index{sizeof(Y)} % 16 == 0;
-  // Blocks side by side read ũ again each: as many as the device has room for, while that is an eighth of y's traffic or
-  // a block would stream more than block_bytes.
+  // Blocks side by side read ũ again each; more than fill the device are of no use.
   const Index tokens = task.y.rows < tile_rows ? task.y.rows : tile_rows, ranks = steps * tile_step;
-  const Index bytes = task.y.cols * (2 * tokens * Index{sizeof(Y)} + ranks * Index{sizeof(typename Math::Right)});
-  const Index cheap = task.y.cols * Index{sizeof(Y)} / (16 * (ranks < 1 ? 1 : ranks));
-  const Index wanted = cheap > bytes / tuning.block_bytes ? cheap : bytes / tuning.block_bytes;
+  const Index y = 2 * tokens * task.y.cols * Index{sizeof(Y)};
+  const Index weights = ranks * task.y.cols * Index{sizeof(typename Math::Right)};
   const Index room = ceil_div(tuning.machine.multiprocessors, tiles);
-  Index blocks = wanted < room ? wanted : room;
+  Index blocks = parts_for(tuning, 8 * (y + weights), y, tokens * ranks * Index{sizeof(float)}, room);
   if (steps > task.window) blocks = all;  // ũ does not stay in shared memory: one tile of columns per block
   blocks = blocks < 1 ? 1 : blocks < all ? blocks : all;
   task.tiles = static_cast<int>(ceil_div(all, blocks));
@@ -260,16 +260,20 @@ template <class Math>
 TokenSumPlan plan_token_sum(const Tuning& tuning, Index tokens, Index width, Index steps) {
   using Block = TokenSumBlock<Math, float>;
   TokenSumPlan plan;
+  // Blocks of columns read the ranks again each; the widest block that registers and shared memory allow has the fewest.
+  const Index ranks = steps * tile_step * Index{sizeof(float)}, x = width * Index{sizeof(typename Math::Left)};
   plan.warps = Math::token_warps;
   while (plan.warps > 1 && (Block::shared_bytes(plan.warps, true) > tuning.machine.shared_bytes ||
-                            (plan.warps / 2) * tile_cols >= width)) {
+                            (plan.warps / 2) * tile_cols >= width ||
+                            tuning.share * ranks * ceil_div(width, plan.warps / 2 * tile_cols) <= x)) {
     plan.warps /= 2;
   }
   plan.blocks = ceil_div(width, plan.warps * tile_cols);
   plan.groups = ceil_div(steps, 4);
   if (plan.blocks * plan.groups == 0 || tokens == 0) return plan;
   const Index streamed = plan.warps * tile_cols * Index{sizeof(typename Math::Left)};  // per token
-  const Index least = round_up(ceil_div(tuning.block_bytes, streamed), tile_rows);
+  Index least = round_up(ceil_div(tuning.block_bytes, streamed), tile_rows);
+  if (least < token_chunk && tuning.block_bytes > streamed) least = token_chunk;
   const Index most = ceil_div(tuning.machine.multiprocessors, plan.blocks * plan.groups);
   const Index chunks = ceil_div(tokens, least);
   plan.chunk = round_up(ceil_div(tokens, chunks < most ? chunks : most), tile_rows);

@@ -70,7 +70,7 @@ __device__ void fill_rank_tile(const RankSource<Score>& source, Index token, int
       continue;
     }
     const GateRow<float, Score, Space::device> row(source.gate, t);
-    if (report) {
+    if (report && !source.gate.computed) {
       for (Index k = 0; k < source.gate.ids.cols; ++k) row.expert_at(k);
     }
     const int shared_columns = static_cast<int>(source.u.cols);

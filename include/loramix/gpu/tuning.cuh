@@ -3,9 +3,11 @@
 ///   Machine            multiprocessors, and shared memory that a block may have; machine_of(device) asks CUDA, outside of any op
 ///   Tuning             what the kernels obey; tune(machine) is the formula
 ///
-/// Computes:    tune: fused kernels on, exact arithmetic, and `block_bytes`: what a block streams before it is worth another block.
-///              A multiprocessor takes in at most 64 bytes per clock, so 320 KiB last some 3 µs; handing partial sums to
-///              another block costs about one (a write, an atomic and a read through L2).
+/// Computes:    tune: fused kernels on, exact arithmetic, and how work is cut. A multiprocessor takes in at most 64 bytes per clock, so
+///              a block of `block_bytes` = 128 KiB streams for about 1.5 µs, and handing its sums to another block costs about
+///              one (a write, an atomic and a read through L2): that is as small as blocks get. Blocks that share a result read
+///              or leave something twice: kernels take as many blocks as there is room for while that is at most 1/share of x, y,
+///              dx or dy, which are moved once, and more only where a block would stream more than 4·block_bytes.
 /// Errors:      a CUDA call failing (ErrorCode::device).
 /// Cost:        none; machine_of is a few host calls.
 /// Determinism: kernels, tiles and orders of summation follow from shape, scalar, gate, class of T and these numbers.
@@ -46,7 +48,8 @@ struct Tuning {
   bool fused = true;  // false: the composed path
   bool tf32 = false;  // float products on tensor cores, operands rounded to 11 bits
   RankTerms terms = RankTerms::exact;
-  Index block_bytes = Index{320} << 10;
+  Index block_bytes = Index{128} << 10;
+  Index share = 8;
 };
 
 /// The formula.
@@ -65,10 +68,13 @@ constexpr Index class_tokens(Index tokens) { return tokens <= 4 ? 4 : 64; }
 constexpr Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
 constexpr Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
 
-/// Chunks of the contracted axis of one tile that streams `bytes`: as many as there are block_bytes in it.
-constexpr int chunks_for(const Tuning& tuning, Index bytes, Index most) {
-  const Index chunks = bytes / tuning.block_bytes;
-  return static_cast<int>(chunks < 1 ? 1 : chunks < most ? chunks : most);
+/// How many parts: one for every block_bytes of `bytes`, but where `twice` · parts exceeds once / share, only one for every
+/// 4·block_bytes.
+constexpr Index parts_for(const Tuning& tuning, Index bytes, Index once, Index twice, Index most) {
+  const Index wanted = bytes / tuning.block_bytes, needed = bytes / (4 * tuning.block_bytes);
+  const Index cheap = once / (tuning.share * (twice < 1 ? 1 : twice));
+  const Index parts = wanted < cheap ? wanted : cheap < needed ? needed : cheap;
+  return parts < 1 ? 1 : parts < most ? parts : most;
 }
 
 }  // namespace detail

@@ -52,7 +52,7 @@ struct ApplyGate {
   template <Team Tm>
   LORAMIX_HD void operator()(const Tm& team, Index t) const {
     const GateRow<Acc, Score, S> row(gate, t);
-    for (Index k = 0; k < gate.ids.cols; ++k) row.expert_at(k);  // flags bad ids
+    for (Index k = 0; k < gate.ids.cols && !gate.computed; ++k) row.expert_at(k);  // flags bad ids
     team.each(gate.ranks, [&](Index j) {
       const Index e = gate.expert_of(j);
       gated(t, j) = row.open(j, e) ? u(t, u.cols == gate.ranks ? j : j % u.cols) * row.factor(j, e) : Acc(0);
