@@ -1,8 +1,8 @@
 // One case of bench/gpu/counters.json: counters SCALAR ADAPTER TOKENS PASS runs one pass of one adapter on the GPU, or under the
 // emulator, whose statistics bench/gpu/counters reads.
 //
-//   SCALAR    float, bfloat16, half
-//   ADAPTER   lora-8, lora-16, dense-32, top-64, dense-128: kind and total rank; mixtures have 8 experts
+//   SCALAR    float, tf32 (float on tensor cores), bfloat16, half
+//   ADAPTER   lora-16, dense-32, top-64, …: kind and total rank; mixtures have 8 experts, top is top-2
 //   PASS      forward; train (a forward that saves); step (train, and its backward)
 #include <cstdio>
 #include <cstdlib>
@@ -35,11 +35,11 @@ lm::Buffer<T, device> pattern(Index n) {
 }
 
 template <class A>
-void run(const typename A::Config& config, Index tokens, const std::string& pass) {
+void run(const typename A::Config& config, Index tokens, const std::string& pass, bool tf32) {
   using Adapter = typename A::template rebind<typename A::element, device>;
   using X = typename A::precision::activation;
   lm::gpu::Tickets tickets;
-  const lm::gpu::Backend be{.tickets = tickets.address()};
+  const lm::gpu::Backend be{.tickets = tickets.address(), .tuning = {.tf32 = tf32}};
   Adapter adapter(config);
   const auto weights = pattern<typename A::element>(adapter.parameters().size);
   lm::gpu::copy(weights.view(), adapter.parameters());
@@ -58,13 +58,13 @@ void run(const typename A::Config& config, Index tokens, const std::string& pass
 }
 
 template <class P>
-void run_adapter(const std::string& adapter, Index tokens, const std::string& pass) {
+void run_adapter(const std::string& adapter, Index tokens, const std::string& pass, bool tf32 = false) {
   const auto dash = adapter.find('-');
   const Index rank = std::atoi(adapter.c_str() + dash + 1);
   const std::string kind = adapter.substr(0, dash);
-  if (kind == "lora") run<lm::Lora<P>>({.d_in = width, .d_out = width, .rank = rank}, tokens, pass);
-  if (kind == "dense") run<lm::LoraMoe<P>>({width, width, experts, rank / experts}, tokens, pass);
-  if (kind == "top") run<lm::Mola<P>>({width, width, experts, rank / experts}, tokens, pass);
+  if (kind == "lora") run<lm::Lora<P>>({.d_in = width, .d_out = width, .rank = rank}, tokens, pass, tf32);
+  if (kind == "dense") run<lm::LoraMoe<P>>({width, width, experts, rank / experts}, tokens, pass, tf32);
+  if (kind == "top") run<lm::Mola<P>>({width, width, experts, rank / experts}, tokens, pass, tf32);
 }
 
 }  // namespace
@@ -74,6 +74,7 @@ int main(int count, char** argument) {
   const std::string scalar = argument[1];
   const Index tokens = std::atoi(argument[3]);
   if (scalar == "float") run_adapter<float>(argument[2], tokens, argument[4]);
+  if (scalar == "tf32") run_adapter<float>(argument[2], tokens, argument[4], true);
   if (scalar == "bfloat16") run_adapter<lm::bfloat16>(argument[2], tokens, argument[4]);
   if (scalar == "half") run_adapter<lm::half>(argument[2], tokens, argument[4]);
   return 0;

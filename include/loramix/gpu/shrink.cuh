@@ -77,11 +77,9 @@ class ShrinkBlock {
   }
 
   __device__ ShrinkBlock(const Task& task_, unsigned char* shared_)
-      : task(task_),
-        shared(shared_),
-        warps(task_.group),
-        token(Index{blockIdx.x} * tile_rows),
-        column(static_cast<int>(blockIdx.y) * task_.group) {
+      : ShrinkBlock(task_, shared_, Index{blockIdx.x} * tile_rows, static_cast<int>(blockIdx.y) * task_.group) {}
+  __device__ ShrinkBlock(const Task& task_, unsigned char* shared_, Index token_, int column_)
+      : task(task_), shared(shared_), warps(task_.group), token(token_), column(column_) {
     const Index left = task.x.rows - token;
     rows = left < tile_rows ? static_cast<int>(left) : tile_rows;
     across = static_cast<int>(threadIdx.x) / 32 % warps.across;
@@ -115,6 +113,17 @@ class ShrinkBlock {
     }
     finish(total);
     return gridDim.y == 1 || hand_over();
+  }
+
+  /// The sums of the block's tokens and columns over the whole contracted axis, to f(row, column, sum); every thread calls.
+  template <class F>
+  __device__ void run(const F& f) {
+    float4 total[16];
+    for (int c = 0; c < task.chunks; ++c) {
+      sum_chunk(c);
+      add_to(total, c == 0);
+    }
+    finish(total, f);
   }
 
  private:
@@ -282,13 +291,17 @@ class ShrinkBlock {
 
   /// All chunks were this block's: u and h.
   __device__ void finish(const float4 (&total)[16]) {
+    finish(total, [this](int row, int c, float sum) { store(task, token + row, c, sum); });
+  }
+  template <class F>
+  __device__ void finish(const float4 (&total)[16], const F& f) {
     __syncthreads();
     each_four([&](int i, int row, int c) { *reinterpret_cast<float4*>(sums() + row * sum_pitch() + c) = total[i]; });
     __syncthreads();
     const int wanted = min(task.columns - column, task.group);
     for (int i = static_cast<int>(threadIdx.x); i < rows * task.group; i += static_cast<int>(blockDim.x)) {
       const int row = i / task.group, c = i % task.group;
-      if (c < wanted) store(task, token + row, column + c, sums()[row * sum_pitch() + c]);
+      if (c < wanted) f(row, column + c, sums()[row * sum_pitch() + c]);
     }
     __syncthreads();
   }
