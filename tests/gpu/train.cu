@@ -5,9 +5,11 @@
 #include <random>
 
 #include <loramix/adapter/lora.hpp>
+#include <loramix/adapter/team_lora.hpp>
 #include <loramix/train/adamw.hpp>
 #include <loramix/train/sgd.hpp>
 
+#include "gpu/forbidden_calls.hpp"
 #include "gpu/harness.cuh"
 #include "support/seed.hpp"
 
@@ -95,6 +97,19 @@ void check_steps(const Options& options) {
 TEST_CASE_TEMPLATE("AdamW and SGD step on the device as on the host", W, float, lm::bfloat16) {
   check_steps<W, lm::AdamW>(lm::AdamWOptions{.lr = 1e-2, .weight_decay = 0.1, .groups = {{"B", {.lr_ratio = 4}}}});
   check_steps<W, lm::Sgd>(lm::SgdOptions{.lr = 1e-2, .momentum = 0.9, .weight_decay = 0.1});
+}
+
+TEST_CASE("AdamW on the device is one launch, whatever groups an adapter has") {
+  GpuHarness gpu;
+  using Team = lm::TeamLora<lm::bfloat16, Space::device>;
+  Team team({.d_in = 40, .d_out = 24, .experts = 3, .rank = 2});
+  const auto gradient = lm::zeros_like(team);
+  lm::AdamW optimiser(team, lm::AdamWOptions{.weight_decay = 0.1, .groups = {{"B", {.lr_ratio = 4}}}});
+  const int before = launches();
+  optimiser.step(gpu.backend(), team, gradient);
+  CHECK(launches() - before == 1);
+  gpu.wait();
+  CHECK(gpu.release());
 }
 
 TEST_CASE("clip_norm on the device: the norm, the scaling, and a guard that needs no synchronisation") {

@@ -78,6 +78,41 @@ void flat_steps(const lm::AdamWStep& hyper, int steps) {
   CHECK(moved > 1e3L * allowed);  // the bound means something
 }
 
+/// Twenty parameters of two groups in turn: more than go into one launch.
+class Striped {
+ public:
+  using Config = ToyConfig;
+  using precision = lm::precision_t<float>;
+  using element = float;
+  template <class, lm::Space>
+  using rebind = Striped;
+  static constexpr lm::Space space = lm::Space::host;
+  static constexpr const char* kind = "striped";
+  static constexpr int stripes = 20;
+
+  explicit Striped(const Config& config) : config_(config), all_(Sizes(config.size).of) {}
+  const Config& config() const { return config_; }
+  lm::VectorView<float> parameters() { return all_.flat(); }
+  lm::VectorView<const float> parameters() const { return all_.flat(); }
+  lm::Cost cost(Index) const { return {}; }
+  template <class Self, class F>
+  static void visit(Self& self, F&& f) {
+    for (int i = 0; i < stripes; ++i) {
+      f(names[i], self.all_.matrix(i, 1, self.config_.size), i % 2 == 0 ? lm::group::A : lm::group::bias);
+    }
+  }
+
+ private:
+  static constexpr const char* names[stripes] = {"a", "b", "c", "d", "e", "f", "g", "h", "i", "j",
+                                                 "k", "l", "m", "n", "o", "p", "q", "r", "s", "t"};
+  struct Sizes {
+    Index of[stripes];
+    explicit Sizes(Index size) { std::fill_n(of, stripes, size); }
+  };
+  Config config_;
+  lm::Parameters<float, lm::Space::host, stripes> all_;
+};
+
 }  // namespace
 
 TEST_CASE_TEMPLATE("AdamW follows the formula for hundreds of steps", W, float, double, lm::bfloat16, lm::half) {
@@ -208,6 +243,24 @@ TEST_CASE("AdamW: LoRA+ in the words of DESIGN 4, and its state is a value") {
   again.step(be, copy, grad);
   CHECK(same_bits(copy_of(team.parameters()), copy_of(copy.parameters())));
   CHECK(team.B()(32, 3) > 16 * 2e-4);
+}
+
+TEST_CASE("AdamW: any number of groups in turn, each as a step of its own") {
+  const lm::cpu::Backend be;
+  Striped adapter({.size = 300}), grad = adapter, want = adapter;
+  randomise(adapter, 1);
+  randomise(grad, 2);
+  want = adapter;
+  lm::AdamW(adapter, {.lr = 1e-2, .weight_decay = 0.5, .groups = {{"A", {.lr_ratio = 4}}}}).step(be, adapter, grad);
+  std::vector<float> m(300), v(300);
+  for (const Place& p : places(want)) {
+    const bool decays = p.group == "A";
+    std::fill(m.begin(), m.end(), 0.0f);
+    std::fill(v.begin(), v.end(), 0.0f);
+    lm::adamw_step(be, want.parameters().part(p.begin, p.size), grad.parameters().part(p.begin, p.size), flat(m),
+                   flat(v), {.lr = decays ? 4e-2 : 1e-2, .weight_decay = decays ? 0.5 : 0, .t = 1});
+  }
+  CHECK(same_bits(copy_of(adapter.parameters()), copy_of(want.parameters())));
 }
 
 TEST_CASE("AdamW: a frozen group beside one that differs in nothing else") {

@@ -9,8 +9,9 @@
 /// Writes:      w [n], the weights; m, v and the master [n].
 /// Errors:      shape, null, alias; lr, decay or ε negative or not finite; β outside [0, 1); t below 1; groups:
 ///              train/groups.hpp. All before any write.
-/// Cost:        about 15 flop and 7 memory accesses per weight; no allocation in a step. State: 2 values per weight
-///              (3 with 16-bit weights), of the accumulation type, owned by the AdamW in the adapter's space.
+/// Cost:        about 15 flop and 7 memory accesses per weight; no allocation in a step, on the device one launch for all
+///              groups of an adapter. State: 2 values per weight (3 with 16-bit weights), of the accumulation type, owned by
+///              the AdamW in the adapter's space.
 /// Determinism: every weight by itself: the same bits for any number of threads. A CUDA graph repeats the lr and t that
 ///              it was captured with: keep steps out of it.
 /// Example:     tests/train/adamw.cpp:  lm::AdamW opt(lora, {.lr = 2e-4, .groups = {{"B", {.lr_ratio = 16}}}});
@@ -37,16 +38,32 @@ struct AdamWStep {
 
 namespace detail {
 
-/// Row body: chunk `row` of the flat buffers.
+/// A part of flat buffers that is stepped in one way; its chunks are rows from `row` on.
+template <class M>
+struct AdamWPart {
+  Index begin, size, row;
+  M lr, decay;
+};
+
+/// Row body: chunks of the parts of flat buffers, one launch for as many parts as an adapter usually has.
 template <class W, class G, class M, Space S>
 struct AdamWRows {
+  static constexpr int most_parts = 16;
   VectorView<W, S> weights;
   VectorView<const G, S> gradient;
   VectorView<M, S> m, v, master;  // master: empty where M is W
-  M lr, decay, beta1, one_less_beta1, beta2, one_less_beta2, eps, correct1, correct2;
+  M beta1, one_less_beta1, beta2, one_less_beta2, eps, correct1, correct2;
   const Clip* guard;
+  AdamWPart<M> parts[most_parts] = {};
+  int count = 0;
 
-  LORAMIX_HD void element(Index i) const {
+  Index rows() const { return count == 0 ? 0 : parts[count - 1].row + flat_rows(parts[count - 1].size); }
+  void add(Index begin, Index size, double lr, double weight_decay) {
+    parts[count] = {begin, size, rows(), static_cast<M>(lr), static_cast<M>(lr * weight_decay)};
+    ++count;
+  }
+
+  LORAMIX_HD void element(Index i, M lr, M decay) const {
     const M g = narrow<M>(gradient[i]);
     M w;
     if constexpr (is_16bit<W>)
@@ -65,10 +82,49 @@ struct AdamWRows {
   template <Team Tm>
   LORAMIX_HD void operator()(const Tm& team, Index row) const {
     if (guard != nullptr && !guard->finite) return;
-    const Index begin = row * flat_chunk, left = weights.size - begin;
-    team.each(left < flat_chunk ? left : flat_chunk, [&](Index i) { element(begin + i); });
+    int p = 0;
+    while (p + 1 < count && parts[p + 1].row <= row) ++p;
+    const AdamWPart<M> part = parts[p];
+    const Index from = (row - part.row) * flat_chunk, left = part.size - from;
+    team.each(left < flat_chunk ? left : flat_chunk,
+              [&](Index i) { element(part.begin + from + i, part.lr, part.decay); });
   }
 };
+
+/// A step without parts yet.
+template <class W, class G, class M, Space S>
+AdamWRows<W, std::remove_const_t<G>, M, S> adamw_rows(VectorView<W, S> w, VectorView<G, S> g, VectorView<M, S> m,
+                                                      VectorView<M, S> v, const AdamWStep& with,
+                                                      VectorView<M, S> master, const Clip* guard) {
+  static_assert(std::is_same_v<M, master_t<W>>, "loramix: moments are of the weights' type, float for 16-bit weights");
+  const char* const op = "adamw_step";
+  check::view(op, "w", w);
+  check_beside(op, "g", g, w);
+  check_beside(op, "m", m, w);
+  check_beside(op, "v", v, w);
+  check::disjoint(op, "m", as_matrix(m), "v", as_matrix(v));
+  if constexpr (is_16bit<W>) check_beside(op, "master", master, w);
+  check_number(op, "lr", with.lr);
+  check_number(op, "weight_decay", with.weight_decay);
+  check_number(op, "eps", with.eps);
+  check_number(op, "beta1", with.beta1, 1);
+  check_number(op, "beta2", with.beta2, 1);
+  check::at_least(op, "t", with.t, 1);
+  const double t = static_cast<double>(with.t);
+  return {.weights = w,
+          .gradient = g,
+          .m = m,
+          .v = v,
+          .master = master,
+          .beta1 = static_cast<M>(with.beta1),
+          .one_less_beta1 = static_cast<M>(1 - with.beta1),
+          .beta2 = static_cast<M>(with.beta2),
+          .one_less_beta2 = static_cast<M>(1 - with.beta2),
+          .eps = static_cast<M>(with.eps),
+          .correct1 = static_cast<M>(1 / (1 - std::pow(with.beta1, t))),
+          .correct2 = static_cast<M>(1 / (1 - std::pow(with.beta2, t))),
+          .guard = guard};
+}
 
 }  // namespace detail
 
@@ -77,39 +133,9 @@ struct AdamWRows {
 template <class Backend, class W, class G, class M, Space S>
 void adamw_step(const Backend& be, VectorView<W, S> w, VectorView<G, S> g, VectorView<M, S> m, VectorView<M, S> v,
                 const AdamWStep& with, VectorView<M, S> master = {}, const Clip* guard = nullptr) {
-  static_assert(std::is_same_v<M, detail::master_t<W>>,
-                "loramix: moments are of the weights' type, float for 16-bit weights");
-  const char* const op = "adamw_step";
-  check::view(op, "w", w);
-  detail::check_beside(op, "g", g, w);
-  detail::check_beside(op, "m", m, w);
-  detail::check_beside(op, "v", v, w);
-  check::disjoint(op, "m", detail::as_matrix(m), "v", detail::as_matrix(v));
-  if constexpr (is_16bit<W>) detail::check_beside(op, "master", master, w);
-  detail::check_number(op, "lr", with.lr);
-  detail::check_number(op, "weight_decay", with.weight_decay);
-  detail::check_number(op, "eps", with.eps);
-  detail::check_number(op, "beta1", with.beta1, 1);
-  detail::check_number(op, "beta2", with.beta2, 1);
-  check::at_least(op, "t", with.t, 1);
-  const double t = static_cast<double>(with.t);
-  const detail::AdamWRows<W, std::remove_const_t<G>, M, S> body{
-      .weights = w,
-      .gradient = g,
-      .m = m,
-      .v = v,
-      .master = master,
-      .lr = static_cast<M>(with.lr),
-      .decay = static_cast<M>(with.lr * with.weight_decay),
-      .beta1 = static_cast<M>(with.beta1),
-      .one_less_beta1 = static_cast<M>(1 - with.beta1),
-      .beta2 = static_cast<M>(with.beta2),
-      .one_less_beta2 = static_cast<M>(1 - with.beta2),
-      .eps = static_cast<M>(with.eps),
-      .correct1 = static_cast<M>(1 / (1 - std::pow(with.beta1, t))),
-      .correct2 = static_cast<M>(1 / (1 - std::pow(with.beta2, t))),
-      .guard = guard};
-  for_rows<S>(be, detail::flat_rows(w.size), body);
+  auto body = detail::adamw_rows(w, g, m, v, with, master, guard);
+  body.add(0, w.size, with.lr, with.weight_decay);
+  for_rows<S>(be, body.rows(), body);
 }
 
 /// What an AdamW is made with.
@@ -153,16 +179,19 @@ class AdamW {
   void step(const Backend& be, A& adapter, const gradient_t<A>& gradient, const Clip* guard = nullptr) {
     detail::check_step("AdamW", adapter, gradient, m_.size(), layout_);
     ++with_.t;
-    const auto weights = adapter.parameters();
-    const auto slopes = gradient.parameters();
+    const auto start = detail::adamw_rows(adapter.parameters(), gradient.parameters(), m_.view(), v_.view(), with_,
+                                          master_.view(), guard);
+    auto body = start;
+    const auto launch = [&] {
+      for_rows<A::space>(be, body.rows(), body);
+      body = start;
+    };
     for (const detail::FlatRange& range : ranges_) {
       if (range.frozen) continue;
-      AdamWStep with = with_;
-      with.lr *= range.lr_ratio;
-      with.weight_decay = range.weight_decay;
-      const auto part = [&range](auto flat) { return flat.empty() ? flat : flat.part(range.begin, range.size); };
-      adamw_step(be, part(weights), part(slopes), part(m_.view()), part(v_.view()), with, part(master_.view()), guard);
+      if (body.count == body.most_parts) launch();
+      body.add(range.begin, range.size, with_.lr * range.lr_ratio, range.weight_decay);
     }
+    launch();
   }
 
   /// Steps taken, and the state [parameters().size], for checkpoints: restore all of it to go on.
