@@ -92,7 +92,7 @@ std::vector<T> row_of(const std::vector<T>& m, Index t, Index cols) {
 }
 
 /// d_in in five chunks.
-constexpr lm::gpu::Tuning chunked{.machine = {.multiprocessors = 1000}, .block_bytes = 1 << 13};
+constexpr lm::gpu::Tuning chunked{.machine = {.multiprocessors = 1000}, .block_bytes = 1};
 
 }  // namespace
 
@@ -108,6 +108,32 @@ TEST_CASE_TEMPLATE("who adds up the chunks changes no bit", T, float, lm::bfloat
   CHECK(same_results(forward.run(0, 70), shared));
   gpu.tuning.block_bytes = lm::gpu::Tuning{}.block_bytes;  // one chunk is another sum
   CHECK_FALSE(same_bits(forward.run(0, 70).u, shared.u));
+  CHECK(gpu.release());
+}
+
+TEST_CASE("who adds up a backward's chunks of tokens changes no bit") {
+  GpuHarness gpu;
+  constexpr Index tokens = 300, m = 21, n = 70;
+  const lm::MatrixView<const float, device> left{gpu.upload(random_values(tokens * m, 91)), tokens, m},
+      right{gpu.upload(random_values(tokens * n, 92)), tokens, n};
+  const auto sum = [&] {
+    std::vector<float> out(static_cast<std::size_t>(m * n), 1.0f);
+    float* const there = gpu.upload(out);
+    loramix_test::run(gpu, lm::TokenProduct<float, float, device>{left, right, {there, m, n}});
+    gpu.download(there, out);
+    return out;
+  };
+  gpu.tuning = chunked;
+  const int before = launches();
+  const auto shared = sum();
+  CHECK(launches() - before == 1);
+  CHECK(shared[0] != 1);
+  CHECK(same_bits(sum(), shared));
+  gpu.with_tickets = false;
+  CHECK(same_bits(sum(), shared));
+  CHECK(launches() - before == 4);
+  gpu.tuning = {};  // one chunk is another sum
+  CHECK_FALSE(same_bits(sum(), shared));
   CHECK(gpu.release());
 }
 

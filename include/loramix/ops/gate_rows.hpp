@@ -103,13 +103,11 @@ struct ApplyGateBackward {
       team.once([&] { by_token.multiplier(t, 0) = sum; });
     }
     if (by_token.weights.data != nullptr) {
-      team.each(gate.experts, [&](Index e) { by_token.weights(t, e) = over_expert<Factor::weight>(row, t, e); });
+      over_experts<Factor::weight>(team, row, t, gate.experts, by_token.weights, [](Index e) { return e; });
     }
     if (by_token.id_weights.data != nullptr) {
-      team.each(gate.ids.cols, [&](Index k) {
-        const Index e = row.expert_at(k);
-        by_token.id_weights(t, k) = e < 0 ? Acc(0) : over_expert<Factor::id_weight>(row, t, e);
-      });
+      over_experts<Factor::id_weight>(team, row, t, gate.ids.cols, by_token.id_weights,
+                                      [&](Index k) { return row.expert_at(k); });
     }
   }
 
@@ -121,11 +119,26 @@ struct ApplyGateBackward {
     if (!row.open(j, e)) return Acc(0);
     return dut(t, j) * u(t, u.cols == gate.ranks ? j : j % u.cols) * row.template factor<Skip>(j, e);
   }
-  template <Factor Skip>
-  LORAMIX_HD Acc over_expert(const GateRow<Acc, Score, S>& row, Index t, Index e) const {
-    Acc sum = Acc(0);
-    for (Index j = gate.expert_begin(e); j < gate.expert_begin(e + 1); ++j) sum += term<Skip>(row, t, j);
-    return sum;
+  /// out(t, i) = the terms of expert_at(i), summed. Many ranks: the team shares them, which keeps neighbours together.
+  template <Factor Skip, Team Tm, class F>
+  LORAMIX_HD void over_experts(const Tm& team, const GateRow<Acc, Score, S>& row, Index t, Index count,
+                               MatrixView<Acc, S> out, const F& expert_at) const {
+    const auto ranks_of = [&](Index e) { return e < 0 ? Index{0} : gate.expert_begin(e + 1) - gate.expert_begin(e); };
+    const auto at = [&](Index e, Index i) { return term<Skip>(row, t, gate.expert_begin(e) + i); };
+    if (gate.ranks < 4 * gate.experts) {
+      team.each(count, [&](Index k) {
+        const Index e = expert_at(k);
+        Acc sum = Acc(0);
+        for (Index i = 0; i < ranks_of(e); ++i) sum += at(e, i);
+        out(t, k) = sum;
+      });
+      return;
+    }
+    for (Index k = 0; k < count; ++k) {
+      const Index e = expert_at(k);
+      const Acc sum = team.sum(ranks_of(e), [&](Index i) { return at(e, i); });
+      team.once([&] { out(t, k) = sum; });
+    }
   }
   LORAMIX_HD static void store(Score& cell, Acc value, Into into) {
     cell = narrow<Score>(into == Into::add ? widen<Acc>(cell) + value : value);
