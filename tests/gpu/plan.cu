@@ -1,10 +1,12 @@
 // The dispatch plan and the selection bias on the device, exactly the literal ones.
 #include <random>
+#include <tuple>
 
 #include <loramix/ops/plan.hpp>
 #include <loramix/router/selection_bias.hpp>
 
 #include "gpu/captured.cuh"
+#include "gpu/forbidden_calls.hpp"
 #include "reference/plan.hpp"
 #include "support/seed.hpp"
 
@@ -43,8 +45,8 @@ void check_plan(const std::vector<std::int32_t>& ids, Index k, lm::Groups<device
 TEST_CASE("the plan on the device is a stable sort; bad ids go nowhere") {
   GpuHarness gpu;
   std::mt19937_64 random(seed(410));
-  for (const Index tokens : {1, 129, 400}) {
-    for (const Index experts : {3, 40}) {
+  for (const Index tokens : {1, 129, 400, 1030}) {
+    for (const Index experts : {3, 40, 256}) {
       std::vector<std::int32_t> ids(static_cast<std::size_t>(2 * tokens));
       for (std::int32_t& id : ids) {
         id = static_cast<std::int32_t>(random() % static_cast<std::uint64_t>(experts + 2)) - 1;  // −1 … E
@@ -62,6 +64,19 @@ TEST_CASE("the plan on the device is a stable sort; bad ids go nowhere") {
     while (offsets[segment + 1] <= i) ++segment;
     return ids[segment];
   });
+}
+
+TEST_CASE("the plan is one launch where a block is enough, four beyond; both are the same") {
+  GpuHarness gpu;
+  std::mt19937_64 random(seed(411));
+  for (const auto& [tokens, experts, want] : {std::tuple{700, 256, 1}, {700, 257, 4}, {8200, 5, 4}}) {
+    CAPTURE(experts);
+    std::vector<std::int32_t> ids(static_cast<std::size_t>(2 * tokens));
+    for (std::int32_t& id : ids) id = static_cast<std::int32_t>(random() % 5);
+    const int before = launches();
+    check_plan(ids, 2, {}, gpu, tokens, experts, [&](Index i) { return ids[static_cast<std::size_t>(i)]; });
+    CHECK(launches() - before == want);
+  }
 }
 
 TEST_CASE("the selection bias moves on the device") {

@@ -4,6 +4,7 @@
 #include <loramix/gpu/backend.cuh>
 #include <loramix/gpu/buffer.cuh>
 #include <loramix/gpu/mixlora.cuh>
+#include <loramix/gpu/plan.cuh>
 #include <loramix/gpu/product.cuh>
 #include <loramix/gpu/rows.cuh>
 #include <loramix/gpu/status.cuh>

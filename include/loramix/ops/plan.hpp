@@ -8,7 +8,8 @@
 /// Writes:      offsets [E + 1], order [T·k], inverse [T·k], assigned; order beyond offsets[E] is −1.
 /// Errors:      shapes, null, small workspace; on the host ids outside [−1, E) and bad groups. On the device a bad id or
 ///              group goes nowhere.
-/// Cost:        O(T·k·E) comparisons in two passes; plan_scratch_bytes(T·k, E).
+/// Cost:        O(T·k·E) comparisons in two passes; plan_scratch_bytes(T·k, E). On the GPU one launch up to 16384 choices of 256
+///              experts (gpu/plan.cuh), four beyond; gpu/plan_cub.cuh sorts large ones.
 /// Determinism: integers: one result for any threads, on every device.
 /// Example:     tests/ops/plan.cpp
 #pragma once
@@ -135,16 +136,17 @@ Index plan_scratch_bytes(Index choices, Index experts) {
       [&](Arena<S>& arena) { arena.template matrix<Index>(detail::PlanPass<S>::chunks(choices), experts); });
 }
 
-/// Makes the plan of `tokens` tokens.
-template <Space S, class Backend>
-void make_plan(const Backend& be, MatrixView<const std::int32_t, S> ids, Groups<S> groups, Index tokens, Index experts,
-               DispatchPlan<S> plan, Arena<S> work) {
-  const char* const op = "make_plan";
+namespace detail {
+
+/// What a plan's makers refuse; returns the number of choices.
+template <Space S>
+Index check_plan(const char* op, MatrixView<const std::int32_t, S> ids, const Groups<S>& groups, Index tokens,
+                 Index experts, const DispatchPlan<S>& plan) {
   check::at_least(op, "tokens", tokens, 0);
   check::at_least(op, "experts", experts, 1);
   check::view(op, "ids", ids);
-  detail::check_groups<float>(op, "groups", groups, tokens, ids.rows);
-  detail::check_ids(op, ids, experts);
+  check_groups<float>(op, "groups", groups, tokens, ids.rows);
+  check_ids(op, ids, experts);
   const Index choices = check::detail::product(tokens, ids.cols);
   if (choices < 0 || choices > INT32_MAX) {
     fail(check::detail::about(ErrorCode::overflow, op, "ids")
@@ -156,9 +158,30 @@ void make_plan(const Backend& be, MatrixView<const std::int32_t, S> ids, Groups<
   check::same(op, "offsets", "size", plan.offsets.size, "the number of experts + 1", experts + 1);
   check::same(op, "order", "size", plan.order.size, "the number of choices", choices);
   check::same(op, "inverse", "size", plan.inverse.size, "the number of choices", choices);
+  return choices;
+}
+
+/// Whether the backend makes this plan in a way of its own: plan_impl(be, pass) then has.
+template <class Backend, Space S>
+bool planned_by(const Backend& be, const PlanPass<S>& pass) {
+  if constexpr (requires { plan_impl(be, pass); })
+    return plan_impl(be, pass);
+  else
+    return false;
+}
+
+}  // namespace detail
+
+/// Makes the plan of `tokens` tokens.
+template <Space S, class Backend>
+void make_plan(const Backend& be, MatrixView<const std::int32_t, S> ids, Groups<S> groups, Index tokens, Index experts,
+               DispatchPlan<S> plan, Arena<S> work) {
+  const char* const op = "make_plan";
+  const Index choices = detail::check_plan(op, ids, groups, tokens, experts, plan);
   work.require(op, "work", plan_scratch_bytes<S>(choices, experts));
   const Index chunks = detail::PlanPass<S>::chunks(choices);
   const detail::PlanPass<S> pass{ids, groups, plan, work.template matrix<Index>(chunks, experts)};
+  if (detail::planned_by(be, pass)) return;
   for_rows<S>(be, chunks, detail::PlanCount<S>{pass});
   for_rows<S>(be, 1, detail::PlanScan<S>{pass});
   for_rows<S>(be, chunks, detail::PlanPlace<S>{pass});
