@@ -28,8 +28,10 @@ namespace block {
 /// Sums of a warp, 64 × 32; clear() makes them 0.
 using Accumulator = detail::Accumulator;
 
-/// Rank space as expand reads it: a kernel parameter, made on the host by ranks_of.
+/// Rank space as expand reads it: a kernel parameter, made on the host.
 using Ranks = detail::RankSource<float>;
+
+/// U [T, R_a] through a gate's normal form.
 inline Ranks ranks_of(MatrixView<const float, Space::device> u, const GateForm<float, Space::device>& gate) {
   return detail::rank_source(u, gate);
 }
@@ -46,6 +48,7 @@ template <class E, Major M>
 struct Matrix {
   detail::Source<E> source;
 };
+/// The Matrix of a view.
 template <class E, Major M>
 Matrix<std::remove_const_t<E>, M> matrix_of(MatrixView<E, Space::device, M> view) {
   using Value = std::remove_const_t<E>;
