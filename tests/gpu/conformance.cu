@@ -32,6 +32,11 @@ const Cut alone{.tuning = {.machine = {.multiprocessors = 1}, .block_bytes = 1},
 /// The least shared memory: ranks pass through windows of 32, weights in groups of 32.
 const Cut narrow{.tuning = {.machine = {.shared_bytes = 74 << 10}}, .width = 264};
 
+/// Every gate that selects says which ranks it has open; alone, and cut into many blocks.
+const Cut selecting{.tuning = {.dense_ranks = 0}, .width = 264};
+const Cut selecting_fine{.tuning = {.machine = {.multiprocessors = 1000}, .block_bytes = 1, .dense_ranks = 0},
+                         .width = 264};
+
 }  // namespace
 
 TEST_CASE("the gated product conforms: float") { conforms<float>(0); }
@@ -56,6 +61,13 @@ TEST_CASE("in little shared memory the gated product conforms") {
   conforms<float>(1, 11, narrow);
   conforms<lm::bfloat16>(2, 11, narrow);
   conforms<lm::half>(4, 11, narrow);
+}
+
+TEST_CASE("selecting ranks tile by tile the gated product conforms") {
+  conforms<float>(5, 11, selecting);
+  conforms<lm::bfloat16>(7, 11, selecting_fine);
+  conforms<lm::half>(0, 11, selecting);
+  conforms<lm::Precision<lm::bfloat16, float>>(3, 11, selecting_fine);
 }
 
 TEST_CASE("composed, the gated product conforms: float") { conforms<float>(1, 5, composed); }

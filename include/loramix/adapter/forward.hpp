@@ -282,7 +282,8 @@ MatrixView<typename T::Acc, T::space> carve_gated(const Backend& be, Arena<T::sp
   return {};
 }
 
-/// Shrink and the row stage. Where rows can follow in shrink's launch, the gate is applied there too: `expand` then reads ũ.
+/// Shrink and the row stage. Where rows can follow in shrink's launch, the gate is applied there too, unless `gated` is empty:
+/// `expand` then reads ũ.
 template <class T, class Backend, class Saved>
 void shrink_and_gate(const Backend& be, const typename T::ShrinkOp& shrink, const typename T::Gate& gate,
                      const Saved& saved, MatrixView<typename T::Acc, T::space> gated, typename T::ExpandOp& expand,
@@ -300,9 +301,10 @@ void shrink_and_gate(const Backend& be, const typename T::ShrinkOp& shrink, cons
     if constexpr (!T::computed) {
       if (gated.data != nullptr) return follow(apply);
     } else if constexpr (HasRows<typename T::Gate>) {
-      if (gated.data != nullptr && by_token(gate, saved.call)) {
-        const auto rows = forward_rows(gate, saved.h, saved.state, saved.call);
-        return follow(InTurn{InTurn{rows, CopyRow<Score, S>{{}, saved.dh}}, apply});
+      if (rows_follow(be) && by_token(gate, saved.call)) {
+        const InTurn rows{forward_rows(gate, saved.h, saved.state, saved.call), CopyRow<Score, S>{{}, saved.dh}};
+        if (gated.data != nullptr) return follow(InTurn{rows, apply});
+        return execute_then_impl(be, shrink, work, rows);  // U comes when the gate is known
       }
     }
   }
@@ -733,7 +735,8 @@ Saved<A> forward(const Backend& be, const A& adapter, MatrixView<const typename 
   typename T::ShrinkOp shrink{adapter.A(), T::side(gate), x, dropout, u, saved.h};
   const bool select = detail::wants_selection(be, form, adapter.A().rows);
   if (select) shrink.select = form;
-  const auto gated = detail::carve_gated<T>(be, work, tokens, ranks);
+  // A gate that says which ranks are worth computing stays beside U, so that expand can read it too.
+  const auto gated = select ? MatrixView<typename T::Acc, A::space>{} : detail::carve_gated<T>(be, work, tokens, ranks);
   typename T::ExpandOp expand{u, form, adapter.B(), typename T::Acc(adapter.scale()), y, options.into};
   shrink.check();
   expand.check();

@@ -9,7 +9,7 @@
 /// Example:     gpu/fused.cuh
 #pragma once
 #include <loramix/core/draws.hpp>
-#include <loramix/gpu/ranks.cuh>
+#include <loramix/gpu/selection.cuh>
 #include <loramix/gpu/strip.cuh>
 
 namespace loramix {
@@ -41,20 +41,20 @@ class ExpandBlock {
   using WeightStrip = Strip<W, by_column>;
 
  public:
-  static constexpr int pitch(int window) { return (window * tile_step + 31) / 32 * 32 + Math::pad_ranks; }
-  static constexpr Index shared_bytes(int window) {
-    return strip_warps * WeightStrip::slots * WeightStrip::slot_bytes +
-           tile_rows * pitch(window) * static_cast<int>(sizeof(float));
+  static constexpr Index shared_bytes(int window, bool sparse) {
+    return shared_bytes_of(window) + (sparse ? selection_bytes : 0);
   }
 
   __device__ ExpandBlock(const Task& task_, unsigned char* shared)
       : task(task_),
+        selected(shared + shared_bytes_of(task_.window)),
         strip(shared + threadIdx.x / 32 * (WeightStrip::slots * WeightStrip::slot_bytes)),
         ranks(reinterpret_cast<float*>(shared + strip_warps * WeightStrip::slots * WeightStrip::slot_bytes)),
-        rank_pitch((task_.window * tile_step + 31) / 32 * 32 + Math::pad_ranks),
+        rank_pitch(pitch_of(task_.window)),
         token(Index{blockIdx.x} * tile_rows),
         steps(task_.ranks.steps()),
-        rank_steps(task_.ranks.padded / tile_step) {
+        all_rank_steps(task_.ranks.padded / tile_step),
+        rank_steps(all_rank_steps) {
     const Index left = task.y.rows - token;
     rows = left < tile_rows ? static_cast<int>(left) : tile_rows;
     extent.rows = (rows + 15) / 16;
@@ -65,6 +65,7 @@ class ExpandBlock {
   }
 
   __device__ void run() {
+    if (task.ranks.sparse) select();
     const int count = tiles * steps;
     for (int s = 0; s < WeightStrip::ahead; ++s) request(s, count);
     int filled = -1, s = 0;
@@ -91,6 +92,28 @@ class ExpandBlock {
   }
 
  private:
+  LORAMIX_HD static constexpr int pitch_of(int window) { return (window * tile_step + 31) / 32 * 32 + Math::pad_ranks; }
+  LORAMIX_HD static constexpr int shared_bytes_of(int window) {
+    return strip_warps * WeightStrip::slots * WeightStrip::slot_bytes +
+           tile_rows * pitch_of(window) * static_cast<int>(sizeof(float));
+  }
+
+  /// Only the steps of ranks that a token of the tile has open; those of side rows stay.
+  __device__ void select() {
+    selected.clear(all_rank_steps);
+    for (int i = static_cast<int>(threadIdx.x); i < rows; i += static_cast<int>(blockDim.x)) {
+      each_open_range(task.ranks.gate, token + i, [&](int begin, int end) {
+        for (int step = begin / tile_step; step * tile_step < end; ++step) selected.add(step);
+      });
+    }
+    rank_steps = selected.finish(all_rank_steps);
+    steps += rank_steps - all_rank_steps;
+  }
+  /// The i-th step, of ranks or of side rows, in steps of all.
+  __device__ int step_at(int i) const {
+    if (i >= rank_steps) return all_rank_steps + i - rank_steps;
+    return task.ranks.sparse ? selected[i] : i;
+  }
   __device__ Index column_of(int tile) const { return first_column + Index{tile} * (strip_warps * tile_cols); }
 
   /// Step s of all column tiles' steps, one after the other.
@@ -100,8 +123,8 @@ class ExpandBlock {
       const Index column = column_of(s / steps);
       const bool side = step >= rank_steps;
       if (column < task.y.cols) {
-        strip.request(lane, s, side ? task.side : task.weights, Index{side ? step - rank_steps : step} * tile_step,
-                      column);
+        strip.request(lane, s, side ? task.side : task.weights,
+                      Index{side ? step - rank_steps : step_at(step)} * tile_step, column);
       }
     }
     commit_copies();
@@ -109,11 +132,11 @@ class ExpandBlock {
 
   /// Window w of ũ.
   __device__ void fill(int w) const {
-    const int first = w * task.window * tile_step;
-    const int count = min(task.window, steps - w * task.window) * tile_step;
+    const int first = w * task.window;
+    const int count = min(task.window, steps - first) * tile_step;
     __syncthreads();  // nobody reads the window before
-    fill_rank_tile(task.ranks, token, rows, extent.rows * 16, first, count, ranks, rank_pitch,
-                   w == 0 && blockIdx.y == 0);
+    fill_rank_tile(task.ranks, token, rows, extent.rows * 16, count, ranks, rank_pitch, w == 0 && blockIdx.y == 0,
+                   [&](int c) { return step_at(first + c / tile_step) * tile_step + c % tile_step; });
     __syncthreads();
   }
 
@@ -192,12 +215,15 @@ class ExpandBlock {
   }
 
   const Task& task;
+  const Listed selected;
   const WeightStrip strip;
   float* const ranks;  // [64, rank_pitch]
   const int rank_pitch;
   const Lane lane;
   const Index token;  // first of the tile
-  const int steps, rank_steps;
+  int steps;          // of ranks, then of side rows
+  const int all_rank_steps;
+  int rank_steps;
   int rows, tiles;  // tokens and column tiles of this block
   Index first_column;
   Extent extent;

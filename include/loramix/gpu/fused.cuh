@@ -190,6 +190,8 @@ void execute(const Backend& be, const Shrink<X, W, Acc, Score, Space::device>& o
     task.scale = op.dropout.on() ? static_cast<float>(op.dropout.kept_scale()) : 1.0f;
     task.u = op.u;
     task.h = op.h;
+    task.select = op.select;
+    task.sparse = is_sparse(be.tuning, op.select);
     task.ranks = op.A.rows;
     task.padded = static_cast<int>(round_up(op.A.rows, 8));
     task.columns = columns;
@@ -213,8 +215,9 @@ void launch_expand(const Backend& be, ExpandTask<Y, typename Math::Right> task) 
   const Index tiles = ceil_div(task.y.rows, tile_rows);
   if (tiles == 0 || all == 0) return;
   if (steps == 0 && task.into == Into::add) return;
+  const auto shared_bytes = [&] { return Block::shared_bytes(task.window, task.ranks.sparse); };
   task.window = static_cast<int>(steps < 2 ? 2 : round_up(steps, 2));
-  while (task.window > 2 && Block::shared_bytes(task.window) > tuning.machine.shared_bytes) task.window -= 2;
+  while (task.window > 2 && shared_bytes() > tuning.machine.shared_bytes) task.window -= 2;
   task.aligned = reinterpret_cast<std::uintptr_t>(task.y.data) % 16 == 0 && task.y.stride * Index{sizeof(Y)} % 16 == 0;
   // Blocks side by side read ũ again each; more than fill the device are of no use.
   const Index tokens = task.y.rows < tile_rows ? task.y.rows : tile_rows, ranks = steps * tile_step;
@@ -226,8 +229,7 @@ void launch_expand(const Backend& be, ExpandTask<Y, typename Math::Right> task) 
   blocks = blocks < 1 ? 1 : blocks < all ? blocks : all;
   task.tiles = static_cast<int>(ceil_div(all, blocks));
   launch(be, "expand_kernel", &expand_kernel<Math, Y, by_column>,
-         dim3(as_grid(tiles), as_grid(ceil_div(all, task.tiles))), 32 * strip_warps, Block::shared_bytes(task.window),
-         task);
+         dim3(as_grid(tiles), as_grid(ceil_div(all, task.tiles))), 32 * strip_warps, shared_bytes(), task);
 }
 
 template <class Acc, class W, class Y, class Score, Major M>
@@ -239,6 +241,7 @@ void execute(const Backend& be, const Expand<Acc, W, Y, Score, Space::device, M>
   with_rank_math<W>(be.tuning, [&](auto math) {
     ExpandTask<Y, W> task;
     task.ranks = rank_source(op.u, reporting(be, op.gate));
+    task.ranks.sparse = is_sparse(be.tuning, op.gate);
     task.weights = source_of(op.B);
     task.scale = op.scale;
     task.y = op.y;
@@ -263,7 +266,7 @@ TokenSumPlan plan_token_sum(const Tuning& tuning, Index tokens, Index width, Ind
   // Blocks of columns read the ranks again each; the widest block that registers and shared memory allow has the fewest.
   const Index ranks = steps * tile_step * Index{sizeof(float)}, x = width * Index{sizeof(typename Math::Left)};
   plan.warps = Math::token_warps;
-  while (plan.warps > 1 && (Block::shared_bytes(plan.warps, true) > tuning.machine.shared_bytes ||
+  while (plan.warps > 1 && (Block::shared_bytes(plan.warps, true, true) > tuning.machine.shared_bytes ||
                             (plan.warps / 2) * tile_cols >= width ||
                             tuning.share * ranks * ceil_div(width, plan.warps / 2 * tile_cols) <= x)) {
     plan.warps /= 2;
@@ -299,10 +302,12 @@ void launch_token_sum(const Backend& be, const TokenSumPlan& plan, TokenSumTask<
   const bool copy_of_x = task.dropout.on() && task.ranks.h.cols != 0;
   task.chunk = plan.chunk;
   task.chunks = plan.chunks;
+  task.ranks.sparse = task.ranks.sparse && plan.chunk / tile_rows <= selection_units;
+  task.selection_at = static_cast<int>(Block::shared_bytes(plan.warps, copy_of_x));
   task.tickets = plan.blocks * groups <= ticket_count ? be.tickets : nullptr;
   launch(be, "token_sum_kernel", &token_sum_kernel<Math, G>,
          dim3(as_grid(plan.blocks), as_grid(groups), static_cast<unsigned>(plan.chunks)), 32 * plan.warps,
-         Block::shared_bytes(plan.warps, copy_of_x), task);
+         Block::shared_bytes(plan.warps, copy_of_x, task.ranks.sparse), task);
   if (plan.chunks > 1 && task.tickets == nullptr) {
     constexpr int cols = 512;
     launch(be, "token_sum_finish_kernel", &token_sum_finish_kernel<X, G>,
@@ -387,6 +392,8 @@ void execute(const Backend& be, const ExpandBackward<Acc, W, Y, Score, G, Space:
 
     ShrinkTask<Y, W> task = shrink_task<Y, W>(be, plan, source_of(op.dy), source_of(op.B), {});
     task.scale = op.scale;
+    task.select = gate;
+    task.sparse = is_sparse(be.tuning, gate);
     task.u = scratch.dut;
     task.ranks = ranks;
     task.padded = task.columns = padded_columns(ranks, 0);
@@ -403,6 +410,7 @@ void execute(const Backend& be, const ExpandBackward<Acc, W, Y, Score, G, Space:
     if (op.dB.data != nullptr) {
       TokenSumTask<Y, G> dB;
       dB.ranks = rank_source(op.u, gate);
+      dB.ranks.sparse = is_sparse(be.tuning, gate);
       dB.x = source_of(op.dy);
       dB.scale = op.scale;
       dB.out = sum_target(op.dB.transposed());
@@ -421,11 +429,15 @@ void execute(const Backend& be, const ExpandBackward<Acc, W, Y, Score, G, Space:
 
 /// dU, with dH behind it.
 template <class Op>
-RankSource<float> gradient_source(const Op& op, bool ranks, bool side) {
+RankSource<float> gradient_source(const Tuning& tuning, const Op& op, bool ranks, bool side) {
   GateForm<float, Space::device> open;
   open.tokens = op.x.rows;
   open.ranks = ranks ? op.du.cols : 0;
   auto source = rank_source(ranks ? op.du : op.du.col_range(0, 0), open);
+  if (ranks && is_sparse(tuning, op.select)) {
+    source.gate = op.select;
+    source.sparse = true;
+  }
   if (side) source.h = op.dh;
   return source;
 }
@@ -452,7 +464,7 @@ void execute(const Backend& be, const ShrinkBackward<X, W, Acc, Score, G, Space:
       const Index steps = gradient_steps(op);
       const auto plan = plan_token_sum<decltype(math)>(be.tuning, op.x.rows, op.x.cols, steps);
       TokenSumTask<X, G> task;
-      task.ranks = gradient_source(op, dA, dside);
+      task.ranks = gradient_source(be.tuning, op, dA, dside);
       task.x = source_of(op.x);
       task.dropout = op.dropout;
       task.scale = kept;
@@ -466,7 +478,7 @@ void execute(const Backend& be, const ShrinkBackward<X, W, Acc, Score, G, Space:
   if (op.dx.data == nullptr) return;
   with_rank_math<W>(be.tuning, [&](auto math) {
     ExpandTask<X, W> task;
-    task.ranks = gradient_source(op, true, side);
+    task.ranks = gradient_source(be.tuning, op, true, side);
     task.weights = source_of(op.A);
     task.side = source_of(op.side);
     task.dropout = op.dropout;

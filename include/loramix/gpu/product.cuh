@@ -58,6 +58,12 @@ inline PathFacts path_of(const Backend& be) {
           detail::chunk_tokens};
 }
 
+/// Whether it pays to know the gate before U is computed; shapes only.
+template <class Score>
+bool wants_selection_impl(const Backend& be, const GateForm<Score, Space::device>& form, Index columns) {
+  return be.tuning.fused && columns == form.ranks && detail::is_sparse(be.tuning, form);
+}
+
 template <class X, class W, class Acc, class Score>
 Index scratch_impl(const Backend& be, const Shrink<X, W, Acc, Score, Space::device>& op) {
   return detail::product_scratch(be, op);

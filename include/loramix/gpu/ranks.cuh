@@ -21,7 +21,8 @@ template <class Score>
 struct RankSource {
   MatrixView<const float, Space::device> u;  // [T, R_a]
   GateForm<Score, Space::device> gate;       // of R ranks
-  bool open = true;                          // no gate: the form is not looked at
+  bool open = true;                          // no gate: the form is not looked at, but where
+  bool sparse = false;                       // tiles of tokens ask it which ranks they have open (gpu/selection.cuh)
   int ranks = 0;                             // R
   int padded = 0;                            // R in whole steps: where h begins
   MatrixView<const Score, Space::device> h;  // [T, n]
@@ -39,14 +40,14 @@ RankSource<Score> rank_source(MatrixView<const float, Space::device> u, const Ga
                     gate.weights.data == nullptr && gate.values.data == nullptr && gate.multiplier.data == nullptr &&
                     gate.rank_scale.data == nullptr && u.cols == gate.ranks;
   const int ranks = static_cast<int>(gate.ranks);
-  return {u, gate, open, ranks, (ranks + tile_step - 1) / tile_step * tile_step, {}};
+  return {u, gate, open, false, ranks, (ranks + tile_step - 1) / tile_step * tile_step, {}};
 }
 
-/// Fills tile[t * pitch + c] with columns [first, first + count) of tokens [token, token + rows), zeros for further rows up to
+/// Fills tile[t * pitch + c] with column at(c), c < count, of tokens [token, token + rows), zeros for further rows up to
 /// `all_rows`; by all warps of a block. `report`: flag bad ids.
-template <class Score>
-__device__ void fill_rank_tile(const RankSource<Score>& source, Index token, int rows, int all_rows, int first,
-                               int count, float* tile, int pitch, bool report) {
+template <class Score, class F>
+__device__ void fill_rank_tile(const RankSource<Score>& source, Index token, int rows, int all_rows, int count,
+                               float* tile, int pitch, bool report, const F& at) {
   const int warps = static_cast<int>(blockDim.x) / warp_width, lane = static_cast<int>(threadIdx.x) % warp_width;
   const int per_expert = source.open || source.gate.rank_offsets != nullptr || source.ranks == 0
                              ? 1
@@ -65,7 +66,8 @@ __device__ void fill_rank_tile(const RankSource<Score>& source, Index token, int
     };
     if (source.open) {
       for (int c = lane; c < count; c += warp_width) {
-        out[c] = first + c < source.padded ? plain(first + c) : beside(first + c);
+        const int j = at(c);
+        out[c] = j < source.padded ? plain(j) : beside(j);
       }
       continue;
     }
@@ -75,7 +77,7 @@ __device__ void fill_rank_tile(const RankSource<Score>& source, Index token, int
     }
     const int shared_columns = static_cast<int>(source.u.cols);
     for (int c = lane; c < count; c += warp_width) {
-      const int j = first + c;
+      const int j = at(c);
       if (j >= source.ranks) {
         out[c] = j < source.padded ? 0.0f : beside(j);
         continue;

@@ -13,6 +13,7 @@
 #pragma once
 #include <loramix/core/draws.hpp>
 #include <loramix/gpu/math.cuh>
+#include <loramix/gpu/selection.cuh>
 #include <loramix/gpu/team.cuh>
 #include <loramix/gpu/tickets.cuh>
 
@@ -36,11 +37,13 @@ struct ShrinkWarps {
 
 template <class X, class W>
 struct ShrinkTask {
-  Source<X> x;        // [T, K]
-  Source<W> weights;  // [R, K], or [K, R] where R is contiguous
-  Source<W> side;     // [n, K]
-  Dropout dropout;    // of x as the weights see it
-  float scale = 1;    // of u
+  Source<X> x;                            // [T, K]
+  Source<W> weights;                      // [R, K], or [K, R] where R is contiguous
+  Source<W> side;                         // [n, K]
+  Dropout dropout;                        // of x as the weights see it
+  float scale = 1;                        // of u
+  GateForm<float, Space::device> select;  // where `sparse`: ranks that a tile has open nowhere are left 0
+  bool sparse = false;
   MatrixView<float, Space::device> u, h;
   Index ranks = 0;
   int padded = 0;   // R as whole 8-column tiles: where h begins
@@ -100,6 +103,7 @@ class ShrinkBlock {
 
   /// True where u and h of the tile's tokens are complete and it is this block that goes on with them.
   __device__ bool run() {
+    if (task.sparse) select();
     const bool split = task.splits > 1;
     const int first = split ? static_cast<int>(blockIdx.z) : 0, last = split ? first + 1 : task.chunks;
     float4 total[16];
@@ -127,12 +131,34 @@ class ShrinkBlock {
   }
 
  private:
+  /// Only the 32-column slices that hold side rows or a rank that a token of the tile has open.
+  __device__ void select() {
+    unsigned* const shared_slices = reinterpret_cast<unsigned*>(shared);
+    const auto slices_of = [this](int begin, int end) {  // of columns [begin, end) of all
+      const int first = max(begin - column, 0) / tile_cols,
+                last = (min(end - column, task.group) + tile_cols - 1) / tile_cols;
+      return last <= first ? 0u : (1u << last) - (1u << first);
+    };
+    if (threadIdx.x == 0) *shared_slices = slices_of(task.padded, task.columns);
+    __syncthreads();
+    for (int i = static_cast<int>(threadIdx.x); i < rows; i += static_cast<int>(blockDim.x)) {
+      unsigned mine = 0;
+      each_open_range(task.select, token + i, [&](int begin, int end) { mine |= slices_of(begin, end); });
+      if (mine != 0) atomicOr(shared_slices, mine);
+    }
+    __syncthreads();
+    slices = *shared_slices;
+    __syncthreads();
+    if (!is_wanted(across)) plain.to = dropped.to = 0;
+  }
+  __device__ bool is_wanted(int slice) const { return (slices >> slice & 1u) != 0; }
+
   // ---- one chunk of the contracted axis ------------------------------------------------------------------------------
 
   /// Sums of chunk c in the block's tile of sums.
   __device__ void sum_chunk(int c) {
     const Index begin = c * task.chunk, end = min(begin + task.chunk, task.x.cols);
-    const int count = static_cast<int>((end - begin + shrink_stage - 1) / shrink_stage);
+    const int count = slices == 0 ? 0 : static_cast<int>((end - begin + shrink_stage - 1) / shrink_stage);
     Accumulator acc;
     acc.clear();
     __syncthreads();  // the sums of the chunk before have been read
@@ -189,6 +215,7 @@ class ShrinkBlock {
       const int wanted = min(task.columns - column, task.group);
       for (int i = static_cast<int>(threadIdx.x); i < (wanted + 31) / 32 * 32 * tile.chunks; i += threads) {
         const int row = i / tile.chunks, c = i % tile.chunks, n = column + row;
+        if (!is_wanted(row / tile_cols)) continue;
         const bool side = n >= task.padded;
         copy_chunk(tile.chunk(row, c), side ? task.side : task.weights, side ? n - task.padded : n,
                    k + c * per_chunk<W>);
@@ -196,6 +223,7 @@ class ShrinkBlock {
     } else {
       for (int i = static_cast<int>(threadIdx.x); i < shrink_stage * tile.chunks; i += threads) {
         const int row = i / tile.chunks, c = i % tile.chunks;
+        if (!is_wanted(c * per_chunk<W> / tile_cols)) continue;
         copy_chunk(tile.chunk(row, c), task.weights, k + row, Index{column} + c * per_chunk<W>);
       }
     }
@@ -316,6 +344,7 @@ class ShrinkBlock {
   int across, along;   // this warp's place
   bool masked, apart;  // dropout; x is needed beside x̂
   Extent dropped, plain;
+  unsigned slices = ~0u;  // of 32 columns that are wanted
 };
 
 /// A finished sum, at home.

@@ -10,7 +10,7 @@
 /// Example:     gpu/fused.cuh
 #pragma once
 #include <loramix/core/draws.hpp>
-#include <loramix/gpu/ranks.cuh>
+#include <loramix/gpu/selection.cuh>
 #include <loramix/gpu/strip.cuh>
 #include <loramix/gpu/tickets.cuh>
 
@@ -46,6 +46,7 @@ struct TokenSumTask {
   int chunks = 1;
   float* partial = nullptr;     // [chunks, row_tiles() · 16, pitch()]
   unsigned* tickets = nullptr;  // one per block of columns and group of rows; null: nobody adds up
+  int selection_at = 0;         // where the list of tiles lies in shared memory
   LORAMIX_HD constexpr int row_tiles() const { return ranks.steps(); }
   LORAMIX_HD constexpr Index pitch() const { return (x.cols + 7) / 8 * 8; }
 };
@@ -106,9 +107,9 @@ class TokenSumBlock {
  public:
   static constexpr int pitch = tile_rows + Math::pad_tokens;
   static constexpr int tile_floats = tile_rows * pitch;
-  static constexpr Index shared_bytes(int warps, bool copy_of_x) {
+  static constexpr Index shared_bytes(int warps, bool copy_of_x, bool sparse = false) {
     return 2 * tile_floats * static_cast<int>(sizeof(float)) +
-           warps * (TokenStrip::slots + (copy_of_x ? 1 : 0)) * TokenStrip::slot_bytes;
+           warps * (TokenStrip::slots + (copy_of_x ? 1 : 0)) * TokenStrip::slot_bytes + (sparse ? selection_bytes : 0);
   }
 
   __device__ TokenSumBlock(const Task& task_, unsigned char* shared)
@@ -118,6 +119,7 @@ class TokenSumBlock {
                  2 * tile_floats * sizeof(float) + threadIdx.x / 32 * TokenStrip::slot_bytes,
              TokenStrip::chunks},
         ranks(reinterpret_cast<float*>(shared + blockDim.x * Index{TokenStrip::slots * TokenStrip::slot_bytes} / 32)),
+        selected(shared + task_.selection_at),
         column(static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x / 32 * tile_cols)),
         first_tile(static_cast<int>(blockIdx.y) * 4),
         begin(Index{blockIdx.z} * task_.chunk),
@@ -130,15 +132,16 @@ class TokenSumBlock {
   }
 
   __device__ void run() {
-    const int steps = (tokens + tile_step - 1) / tile_step;
+    const int steps = task.ranks.sparse ? select() : (tokens + tile_step - 1) / tile_step;
+    const int tiles = (steps + 3) / 4;
     Accumulator acc;
     acc.clear();
     for (int s = 0; s < TokenStrip::ahead; ++s) request(s, steps);
-    fill(0);
+    if (tiles > 0) fill(0);
     __syncthreads();
     for (int s = 0; s < steps; ++s) {
       const int tile = s / 4;
-      if (s % 4 == 0) fill(tile + 1);
+      if (s % 4 == 0 && tile + 1 < tiles) fill(tile + 1);
       __syncwarp();
       request(s + TokenStrip::ahead, steps);
       TokenStrip::wait();
@@ -161,21 +164,43 @@ class TokenSumBlock {
   }
 
  private:
+  /// Only the tiles of tokens in which one has a rank of this block's open; returns the steps that are left.
+  __device__ int select() const {
+    const int tiles = (tokens + tile_rows - 1) / tile_rows, from = first_tile * 16, to = from + all.rows * 16;
+    const bool side = to > task.ranks.padded;  // side rows are open everywhere
+    selected.clear(tiles);
+    for (int i = static_cast<int>(threadIdx.x); i < tokens; i += static_cast<int>(blockDim.x)) {
+      if (side) {
+        selected.add(i / tile_rows);
+        continue;
+      }
+      each_open_range(task.ranks.gate, begin + i, [&](int first, int end) {
+        if (first < to && end > from) selected.add(i / tile_rows);
+      });
+    }
+    const int count = selected.finish(tiles);
+    const bool cut = count > 0 && selected[count - 1] == tiles - 1;  // the last tile may have fewer steps
+    return 4 * count - (cut ? (tiles * tile_rows - tokens) / tile_step : 0);
+  }
+  /// The first token of the i-th tile, in the chunk.
+  __device__ int token_of(int i) const { return (task.ranks.sparse ? selected[i] : i) * tile_rows; }
+
   __device__ void request(int s, int steps) const {
-    if (s < steps && column < task.x.cols) strip.request(lane, s, task.x, begin + s * tile_step, column);
+    if (s < steps && column < task.x.cols) {
+      strip.request(lane, s, task.x, begin + token_of(s / 4) + s % 4 * tile_step, column);
+    }
     commit_copies();
   }
-  /// Ranks and side rows of 64 tokens.
-  __device__ void fill(int tile) const {
-    const int rows = min(tokens - tile * tile_rows, tile_rows);
-    if (rows <= 0) return;
-    fill_rank_tile(task.ranks, begin + tile * tile_rows, rows, (rows + 15) / 16 * 16, first_tile * 16, all.rows * 16,
-                   ranks + tile % 2 * tile_floats, pitch, blockIdx.x == 0 && blockIdx.y == 0);
+  /// Ranks and side rows of 64 tokens, the i-th tile's.
+  __device__ void fill(int i) const {
+    const int token = token_of(i), rows = min(tokens - token, tile_rows), first = first_tile * 16;
+    fill_rank_tile(task.ranks, begin + token, rows, (rows + 15) / 16 * 16, all.rows * 16, ranks + i % 2 * tile_floats,
+                   pitch, blockIdx.x == 0 && blockIdx.y == 0, [first](int c) { return first + c; });
   }
 
   __device__ void multiply(Accumulator& acc, int s, const float* values) const {
     const SharedTile<X> raw = strip.tile(s), dropped{apart ? copy.base : raw.base, TokenStrip::chunks};
-    if (masked) drop(raw, dropped, begin + s * tile_step);
+    if (masked) drop(raw, dropped, begin + token_of(s / 4) + s % 4 * tile_step);
     Extent some;
     some.rows = of_ranks;
     const LeftTokens left{values, pitch};
@@ -228,6 +253,7 @@ class TokenSumBlock {
   const TokenStrip strip;
   const SharedTile<X> copy;  // x̂ where side rows need x as well
   float* const ranks;        // two tiles [64 tokens, pitch]
+  const Listed selected;     // tiles of tokens
   const Lane lane;
   const int column;      // of this warp
   const int first_tile;  // of 16 rows
