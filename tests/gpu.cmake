@@ -9,7 +9,7 @@ endif()
 loramix_parts(parts device_parts gpu/suite_part.cu.in)
 loramix_parts(tracked_parts suite_parts suite/part.cpp.in Tracked)
 add_executable(test_gpu ${sources} ${parts} ${tracked_parts})
-target_link_libraries(test_gpu PRIVATE loramix_test_main loramix_test_support loramix_suite_float loramix_adapters loramix::gpu
+target_link_libraries(test_gpu PRIVATE loramix_test_main loramix_test_support loramix_suite_float loramix_test_kernels loramix_adapters loramix::gpu
   loramix::cpu)
 target_compile_options(test_gpu PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-lineinfo>)
 # RUNPATH, not RPATH: the emulator's libraries must be able to stand in front of the toolkit's.

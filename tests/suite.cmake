@@ -23,7 +23,7 @@ endfunction()
 foreach(scalar IN ITEMS float double)
   loramix_parts(parts suite_parts suite/part.cpp.in ${scalar})
   add_library(loramix_suite_${scalar} OBJECT ${parts})
-  target_link_libraries(loramix_suite_${scalar} PRIVATE loramix_test_support loramix_adapters loramix::cpu)
+  target_link_libraries(loramix_suite_${scalar} PRIVATE loramix_test_support loramix_test_on_cpu loramix_adapters loramix::cpu)
 endforeach()
 
 file(GLOB sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/suite/*.cpp)
@@ -31,5 +31,5 @@ loramix_parts(file_parts file_parts suite/files.cpp.in)
 set_source_files_properties(${file_parts} PROPERTIES COMPILE_OPTIONS -O0)  # most of it reads JSON
 add_executable(test_suite ${sources} ${file_parts} support/allocations.cpp)
 target_link_libraries(test_suite PRIVATE loramix_test_main loramix_test_support loramix_suite_float loramix_suite_double
-  loramix_adapters loramix::cpu loramix::io)
+  loramix_test_on_cpu loramix_test_kernels loramix_adapters loramix::cpu loramix::io)
 add_test(NAME suite COMMAND test_suite)

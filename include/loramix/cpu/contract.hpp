@@ -74,29 +74,7 @@ struct PanelContraction {
     return sums + most * columns + (direct ? 0 : group * pitch(converted));
   }
 
-  void run(const Jobs& jobs, Index job, float* scratch) const {
-    const Index r = job % jobs.rank_jobs * jobs.ranks, t0 = job / jobs.rank_jobs * jobs.tokens;
-    const Index ranks = smaller(jobs.ranks, w.rows - r), padded = round_up(ranks, width);
-    const Index n = smaller(jobs.tokens, x.rows.rows - t0);
-    float* const sums = scratch;
-    float* const panels = sums + n * padded;
-    for (Index k = 0; k < w.cols; k += sweep) {
-      const Index columns = smaller(sweep, w.cols - k);
-      pack(w, r, ranks, k, columns, panels);
-      for (Index t = 0; t < n; t += group) {
-        tokens_by(t0 + t, smaller(group, n - t), k, columns, panels, padded, sums + t * padded,
-                  panels + padded * columns);
-      }
-    }
-    const Packet factor = splat(scale);
-    for (Index t = 0; t < n; ++t) {
-      const float* const from = sums + t * padded;
-      float* const to = out.row(t0 + t) + r;
-      Index j = 0;
-      for (; j + width <= ranks; j += width) store(to + j, mul(factor, load(from + j)));
-      for (; j < ranks; ++j) to[j] = scale * from[j];
-    }
-  }
+  void run(const Jobs& jobs, Index job, float* scratch) const;
 
  private:
   static constexpr Index pitch(Index columns) { return round_up(columns, width) + width; }
@@ -146,6 +124,31 @@ struct PanelContraction {
   }
 };
 
+template <class X, class W, Major M>
+void PanelContraction<X, W, M>::run(const Jobs& jobs, Index job, float* scratch) const {
+  const Index r = job % jobs.rank_jobs * jobs.ranks, t0 = job / jobs.rank_jobs * jobs.tokens;
+  const Index ranks = smaller(jobs.ranks, w.rows - r), padded = round_up(ranks, width);
+  const Index n = smaller(jobs.tokens, x.rows.rows - t0);
+  float* const sums = scratch;
+  float* const panels = sums + n * padded;
+  for (Index k = 0; k < w.cols; k += sweep) {
+    const Index columns = smaller(sweep, w.cols - k);
+    pack(w, r, ranks, k, columns, panels);
+    for (Index t = 0; t < n; t += group) {
+      tokens_by(t0 + t, smaller(group, n - t), k, columns, panels, padded, sums + t * padded,
+                panels + padded * columns);
+    }
+  }
+  const Packet factor = splat(scale);
+  for (Index t = 0; t < n; ++t) {
+    const float* const from = sums + t * padded;
+    float* const to = out.row(t0 + t) + r;
+    Index j = 0;
+    for (; j + width <= ranks; j += width) store(to + j, mul(factor, load(from + j)));
+    for (; j < ranks; ++j) to[j] = scale * from[j];
+  }
+}
+
 /// A contraction on weights as they lie, by dot products: few ranks, or few tokens.
 template <class X, class W>
 struct DotContraction {
@@ -164,18 +167,7 @@ struct DotContraction {
   }
 
   /// Tokens [t0, t0 + n), ranks [r, r + ranks), at most `columns`.
-  void run(Index t0, Index n, Index r, Index ranks, float* scratch) const {
-    float* const block = scratch + most * columns * width;
-    const Index depth = w.cols;
-    for (Index k = 0; k < depth; k += sweep) {
-      const Index length = smaller(sweep, depth - k);
-      in_steps<rows>(n, [&](auto m, Index t) {
-        in_steps<columns>(ranks, [&](auto c, Index j) {
-          tile<m, c>(t0 + t, k, length, r + j, scratch + (t * columns + j * m) * width, block);
-        });
-      });
-    }
-  }
+  void run(Index t0, Index n, Index r, Index ranks, float* scratch) const;
 
  private:
   template <int M, int N>
@@ -204,6 +196,20 @@ struct DotContraction {
       c.each([&](int m, int n, Packet v) { out(t + m, r + n) = scale * sum(v); });
   }
 };
+
+template <class X, class W>
+void DotContraction<X, W>::run(Index t0, Index n, Index r, Index ranks, float* scratch) const {
+  float* const block = scratch + most * columns * width;
+  const Index depth = w.cols;
+  for (Index k = 0; k < depth; k += sweep) {
+    const Index length = smaller(sweep, depth - k);
+    in_steps<rows>(n, [&](auto m, Index t) {
+      in_steps<columns>(ranks, [&](auto c, Index j) {
+        tile<m, c>(t0 + t, k, length, r + j, scratch + (t * columns + j * m) * width, block);
+      });
+    });
+  }
+}
 
 }  // namespace detail
 }  // namespace cpu

@@ -47,48 +47,10 @@ struct GroupedContraction {
   static Index most_chunks(const Selection& s) { return larger(1, most_sums / larger(1, sums_of(s))); }
 
   /// Chunks [c0, c0 + n) by packed weights.
-  void run_packed(Index c0, Index n, float* scratch) const {
-    const Selection& s = *selection;
-    const Index per_chunk = sums_of(s);
-    float* const sums = scratch;
-    float* const panels = sums + n * per_chunk;
-    for (Index k = 0; k < w.cols; k += sweep) {
-      const Index columns = smaller(sweep, w.cols - k);
-      pack_groups(k, columns, panels);
-      float* const block = panels + packets_of(s) * width * columns;
-      for (Index c = c0; c < c0 + n; ++c) {
-        convert(c, k, columns, block);
-        RowWalk<X> next{};
-        if (x.direct() && c + 1 < c0 + n)
-          next = {x.rows.row((c + 1) * Selection::chunk) + k, x.rows.stride, s.tokens(c + 1), columns};
-        sweep_chunk(c, k, columns, panels, block, sums + (c - c0) * per_chunk, next);
-      }
-    }
-    for (Index c = c0; c < c0 + n; ++c) write(c, sums + (c - c0) * per_chunk);
-  }
+  void run_packed(Index c0, Index n, float* scratch) const;
 
   /// Group g of chunk c by dot products; out is zero where it is not written.
-  void run_dots(Index c, Index g, float* scratch) const {
-    const Selection& s = *selection;
-    const Selection::List list = s.list(c, g);
-    float* const block = scratch + Selection::chunk * dot_columns * width;
-    const Index end = s.rank_begin(g) + s.rank_count(g);
-    for (Index r = s.rank_begin(g); r < end; r += dot_columns) {
-      for (Index k = 0; k < w.cols; k += sweep) {
-        const Index columns = smaller(sweep, w.cols - k);
-        if (x.dropout.on()) {
-          for (Index i = 0; i < list.count; ++i) {
-            x.convert(c * Selection::chunk + list.entries[i].token, k, columns, block + i * pitch(columns));
-          }
-        }
-        in_steps<dot_rows>(list.count, [&](auto m, Index i) {
-          in_steps<dot_columns>(smaller(dot_columns, end - r), [&](auto ranks, Index j) {
-            dots<m, ranks>(c, list, i, k, columns, r + j, scratch + (i * dot_columns + j * m) * width, block);
-          });
-        });
-      }
-    }
-  }
+  void run_dots(Index c, Index g, float* scratch) const;
 
  private:
   static constexpr Index most_sums = 1 << 18;  // a megabyte
@@ -192,6 +154,50 @@ struct GroupedContraction {
   }
 };
 
+template <class X, class W, Major M>
+void GroupedContraction<X, W, M>::run_packed(Index c0, Index n, float* scratch) const {
+  const Selection& s = *selection;
+  const Index per_chunk = sums_of(s);
+  float* const sums = scratch;
+  float* const panels = sums + n * per_chunk;
+  for (Index k = 0; k < w.cols; k += sweep) {
+    const Index columns = smaller(sweep, w.cols - k);
+    pack_groups(k, columns, panels);
+    float* const block = panels + packets_of(s) * width * columns;
+    for (Index c = c0; c < c0 + n; ++c) {
+      convert(c, k, columns, block);
+      RowWalk<X> next{};
+      if (x.direct() && c + 1 < c0 + n)
+        next = {x.rows.row((c + 1) * Selection::chunk) + k, x.rows.stride, s.tokens(c + 1), columns};
+      sweep_chunk(c, k, columns, panels, block, sums + (c - c0) * per_chunk, next);
+    }
+  }
+  for (Index c = c0; c < c0 + n; ++c) write(c, sums + (c - c0) * per_chunk);
+}
+
+template <class X, class W, Major M>
+void GroupedContraction<X, W, M>::run_dots(Index c, Index g, float* scratch) const {
+  const Selection& s = *selection;
+  const Selection::List list = s.list(c, g);
+  float* const block = scratch + Selection::chunk * dot_columns * width;
+  const Index end = s.rank_begin(g) + s.rank_count(g);
+  for (Index r = s.rank_begin(g); r < end; r += dot_columns) {
+    for (Index k = 0; k < w.cols; k += sweep) {
+      const Index columns = smaller(sweep, w.cols - k);
+      if (x.dropout.on()) {
+        for (Index i = 0; i < list.count; ++i) {
+          x.convert(c * Selection::chunk + list.entries[i].token, k, columns, block + i * pitch(columns));
+        }
+      }
+      in_steps<dot_rows>(list.count, [&](auto m, Index i) {
+        in_steps<dot_columns>(smaller(dot_columns, end - r), [&](auto ranks, Index j) {
+          dots<m, ranks>(c, list, i, k, columns, r + j, scratch + (i * dot_columns + j * m) * width, block);
+        });
+      });
+    }
+  }
+}
+
 /// y (+)= scale · left W over the open ranks, and the second pair of factors over all of its ranks.
 template <class Y, class W, Major M>
 struct GroupedSpread {
@@ -207,37 +213,7 @@ struct GroupedSpread {
   }
 
   /// Chunks [chunk, chunk + n) × columns [c0, c0 + columns), at most one sweep. `natural`: weights as they lie.
-  void run(Index chunk, Index n, Index c0, Index columns, bool natural, float* scratch) const {
-    const Index step = panel * all.ranks(), blocks = blocks_of(columns, panel);
-    float* const weights = scratch;
-    float* const partial = weights + blocks * step;
-    std::uint8_t* const keep = reinterpret_cast<std::uint8_t*>(partial + Selection::chunk * panel);
-    const Index copied = natural ? columns / panel * panel : 0;  // columns before are read where they lie
-    copy_panels(all.first.w, c0 + copied, columns - copied, weights, step);
-    copy_panels(all.second.w, c0 + copied, columns - copied, weights + panel * all.first.w.rows, step);
-    for (Index c = chunk; c < chunk + n; ++c) {
-      if (all.dropout.on()) {
-        for (Index i = 0; i < selection->tokens(c); ++i) {
-          keep_bits(all.dropout, c * Selection::chunk + i, c0, columns, keep + i * keep_pitch(columns));
-        }
-      }
-      RowWalk<Y> next{};
-      if (c + 1 < chunk + n)
-        next = {all.y.row((c + 1) * Selection::chunk) + c0, all.y.stride, selection->tokens(c + 1), columns};
-      for (Index j = 0; j < columns; j += panel) {
-        const Place place{c, c0 + j, smaller(panel, columns - j), keep + j / 8, keep_pitch(columns), partial, &next};
-        if (j < copied) {
-          if constexpr (M == Major::row) {
-            run_panel(place, all.first.w.row(0) + c0 + j, all.first.w.stride,
-                      all.second.w.rows == 0 ? nullptr : all.second.w.row(0) + c0 + j, all.second.w.stride);
-          }
-        } else {
-          const float* const block = weights + (j - copied) / panel * step;
-          run_panel(place, block, panel, block + panel * all.first.w.rows, panel);
-        }
-      }
-    }
-  }
+  void run(Index chunk, Index n, Index c0, Index columns, bool natural, float* scratch) const;
 
  private:
   static Index keep_pitch(Index columns) { return round_up(columns, 8 * width) / 8; }
@@ -324,6 +300,39 @@ struct GroupedSpread {
   }
 };
 
+template <class Y, class W, Major M>
+void GroupedSpread<Y, W, M>::run(Index chunk, Index n, Index c0, Index columns, bool natural, float* scratch) const {
+  const Index step = panel * all.ranks(), blocks = blocks_of(columns, panel);
+  float* const weights = scratch;
+  float* const partial = weights + blocks * step;
+  std::uint8_t* const keep = reinterpret_cast<std::uint8_t*>(partial + Selection::chunk * panel);
+  const Index copied = natural ? columns / panel * panel : 0;  // columns before are read where they lie
+  copy_panels(all.first.w, c0 + copied, columns - copied, weights, step);
+  copy_panels(all.second.w, c0 + copied, columns - copied, weights + panel * all.first.w.rows, step);
+  for (Index c = chunk; c < chunk + n; ++c) {
+    if (all.dropout.on()) {
+      for (Index i = 0; i < selection->tokens(c); ++i) {
+        keep_bits(all.dropout, c * Selection::chunk + i, c0, columns, keep + i * keep_pitch(columns));
+      }
+    }
+    RowWalk<Y> next{};
+    if (c + 1 < chunk + n)
+      next = {all.y.row((c + 1) * Selection::chunk) + c0, all.y.stride, selection->tokens(c + 1), columns};
+    for (Index j = 0; j < columns; j += panel) {
+      const Place place{c, c0 + j, smaller(panel, columns - j), keep + j / 8, keep_pitch(columns), partial, &next};
+      if (j < copied) {
+        if constexpr (M == Major::row) {
+          run_panel(place, all.first.w.row(0) + c0 + j, all.first.w.stride,
+                    all.second.w.rows == 0 ? nullptr : all.second.w.row(0) + c0 + j, all.second.w.stride);
+        }
+      } else {
+        const float* const block = weights + (j - copied) / panel * step;
+        run_panel(place, block, panel, block + panel * all.first.w.rows, panel);
+      }
+    }
+  }
+}
+
 /// out[r, c] (+)= scale · Σ of left[t, r] · x̂[t, c] over the tokens whose gate is open at r.
 template <class X, class G, Major M>
 struct GroupedTokenSum {
@@ -355,60 +364,7 @@ struct GroupedTokenSum {
   }
 
   /// Groups [g0, g0 + groups) × columns [c0, c0 + columns), all tokens.
-  void run(Index g0, Index groups, Index c0, Index columns, float* scratch) const {
-    const Selection& s = *selection;
-    const Index r0 = s.rank_begin(g0), ranks = s.rank_begin(g0 + groups - 1) + s.rank_count(g0 + groups - 1) - r0;
-    const float** const list_rows = reinterpret_cast<const float**>(scratch);
-    float* const sums = scratch + pointers;     // [ranks, sweep]
-    float* const lefts = sums + ranks * sweep;  // of one list
-    float* const tail =
-        lefts + together * Selection::chunk * round_up(s.most_ranks(), rows);  // the last, partial panel
-    float* const block = tail + together * Selection::chunk * panel;
-    for (Index i = 0; i < ranks * sweep; ++i) sums[i] = 0;
-    const Index step = x.direct() ? together : 1, whole = columns / panel * panel;
-    for (Index c = 0; c < s.chunks(); c += step) {
-      const Index chunks = smaller(step, s.chunks() - c), t0 = c * Selection::chunk;
-      const Index tokens = (chunks - 1) * Selection::chunk + s.tokens(c + chunks - 1);
-      const float* x_rows = block;
-      Index stride = round_up(columns, 8 * width);
-      if (x.direct()) {
-        if constexpr (std::is_same_v<X, float>) x_rows = x.rows.row(t0) + c0;
-        stride = x.rows.stride;
-      } else {
-        for (Index i = 0; i < tokens; ++i) x.convert(t0 + i, c0, columns, block + i * stride);
-      }
-      for (Index i = 0; whole < columns && i < tokens; ++i) {
-        for (Index j = 0; j < panel; ++j) {
-          tail[i * panel + j] = whole + j < columns ? x_rows[i * stride + whole + j] : 0.f;
-        }
-      }
-      RowWalk<X> next{};
-      if (x.direct() && c + step < s.chunks()) {
-        next = {x.rows.row((c + step) * Selection::chunk) + c0, x.rows.stride,
-                smaller(step * Selection::chunk, x.rows.rows - (c + step) * Selection::chunk), columns};
-      }
-      for (Index g = g0; g < g0 + groups; ++g) {
-        const Index n = gather(c, chunks, g, lefts);
-        float* const of_group = sums + (s.rank_begin(g) - r0) * sweep;
-        const auto rows_of = [&](const float* from, Index from_stride) {
-          Index i = 0;
-          each_entry(c, chunks, g, [&](Index token) { list_rows[i++] = from + (token - t0) * from_stride; });
-        };
-        rows_of(x_rows, stride);
-        add(g, n, list_rows, 0, whole, 0, lefts, of_group, next);
-        if (whole == columns) continue;
-        rows_of(tail, panel);
-        add(g, n, list_rows, whole, whole + panel, whole, lefts, of_group, next);
-      }
-    }
-    for (Index r = 0; r < ranks; ++r) {
-      for (Index j = 0; j < columns; ++j) {
-        G& cell = out(r0 + r, c0 + j);
-        const float value = scale * sums[r * sweep + j];
-        cell = narrow<G>(into == Into::add ? widen<float>(cell) + value : value);
-      }
-    }
-  }
+  void run(Index g0, Index groups, Index c0, Index columns, float* scratch) const;
 
  private:
   /// f(token) for the tokens of group g in some chunks.
@@ -452,6 +408,61 @@ struct GroupedTokenSum {
     sum.store_to(sums, sweep);
   }
 };
+
+template <class X, class G, Major M>
+void GroupedTokenSum<X, G, M>::run(Index g0, Index groups, Index c0, Index columns, float* scratch) const {
+  const Selection& s = *selection;
+  const Index r0 = s.rank_begin(g0), ranks = s.rank_begin(g0 + groups - 1) + s.rank_count(g0 + groups - 1) - r0;
+  const float** const list_rows = reinterpret_cast<const float**>(scratch);
+  float* const sums = scratch + pointers;                                                    // [ranks, sweep]
+  float* const lefts = sums + ranks * sweep;                                                 // of one list
+  float* const tail = lefts + together * Selection::chunk * round_up(s.most_ranks(), rows);  // the last, partial panel
+  float* const block = tail + together * Selection::chunk * panel;
+  for (Index i = 0; i < ranks * sweep; ++i) sums[i] = 0;
+  const Index step = x.direct() ? together : 1, whole = columns / panel * panel;
+  for (Index c = 0; c < s.chunks(); c += step) {
+    const Index chunks = smaller(step, s.chunks() - c), t0 = c * Selection::chunk;
+    const Index tokens = (chunks - 1) * Selection::chunk + s.tokens(c + chunks - 1);
+    const float* x_rows = block;
+    Index stride = round_up(columns, 8 * width);
+    if (x.direct()) {
+      if constexpr (std::is_same_v<X, float>) x_rows = x.rows.row(t0) + c0;
+      stride = x.rows.stride;
+    } else {
+      for (Index i = 0; i < tokens; ++i) x.convert(t0 + i, c0, columns, block + i * stride);
+    }
+    for (Index i = 0; whole < columns && i < tokens; ++i) {
+      for (Index j = 0; j < panel; ++j) {
+        tail[i * panel + j] = whole + j < columns ? x_rows[i * stride + whole + j] : 0.f;
+      }
+    }
+    RowWalk<X> next{};
+    if (x.direct() && c + step < s.chunks()) {
+      next = {x.rows.row((c + step) * Selection::chunk) + c0, x.rows.stride,
+              smaller(step * Selection::chunk, x.rows.rows - (c + step) * Selection::chunk), columns};
+    }
+    for (Index g = g0; g < g0 + groups; ++g) {
+      const Index n = gather(c, chunks, g, lefts);
+      float* const of_group = sums + (s.rank_begin(g) - r0) * sweep;
+      const auto rows_of = [&](const float* from, Index from_stride) {
+        Index i = 0;
+        each_entry(c, chunks, g, [&](Index token) { list_rows[i++] = from + (token - t0) * from_stride; });
+      };
+      rows_of(x_rows, stride);
+      add(g, n, list_rows, 0, whole, 0, lefts, of_group, next);
+      if (whole == columns) continue;
+      rows_of(tail, panel);
+      add(g, n, list_rows, whole, whole + panel, whole, lefts, of_group, next);
+    }
+  }
+  for (Index r = 0; r < ranks; ++r) {
+    for (Index j = 0; j < columns; ++j) {
+      G& cell = out(r0 + r, c0 + j);
+      const float value = scale * sums[r * sweep + j];
+      cell = narrow<G>(into == Into::add ? widen<float>(cell) + value : value);
+    }
+  }
+}
 
 }  // namespace detail
 }  // namespace cpu

@@ -47,43 +47,10 @@ struct Spread {
   static Index scratch(Index ranks, Index sweep) { return elements(ranks, sweep) + mask_values(sweep); }
 
   /// Tokens [t0, t0 + n) × columns [c0, c0 + columns), at most one sweep.
-  void run_packed(Index t0, Index n, Index c0, Index columns, float* scratch) const {
-    const Index step = panel * ranks();
-    copy_panels(first.w, c0, columns, scratch, step);
-    copy_panels(second.w, c0, columns, scratch + panel * first.w.rows, step);
-    std::uint8_t* const keep = reinterpret_cast<std::uint8_t*>(scratch + blocks_of(columns, panel) * step);
-    in_steps<rows>(n, [&](auto m, Index i) {
-      const Index t = t0 + i;
-      if (dropout.on()) {
-        for (Index j = 0; j < m; ++j) keep_bits(dropout, t + j, c0, columns, keep + j * mask_pitch(columns));
-      }
-      for (Index c = 0; c < columns; c += panel) {
-        const float* const block = scratch + c / panel * step;
-        tile<m, packets>(t, c0 + c, smaller(panel, columns - c), block, panel, block + panel * first.w.rows, panel,
-                         {keep + c / 8, rows, panel / 8, mask_pitch(columns)});
-      }
-    });
-  }
+  void run_packed(Index t0, Index n, Index c0, Index columns, float* scratch) const;
 
   /// All tokens × columns [c0, c0 + columns) of weights in rank-major order, as they lie.
-  void run_natural(Index c0, Index columns, float* scratch) const requires(M == Major::row) {
-    std::uint8_t* const keep = reinterpret_cast<std::uint8_t*>(scratch);
-    const Index tokens = y.rows;
-    for (Index c = 0; c < columns; c += panel) {
-      const Index n = smaller(panel, columns - c);
-      if (n < panel) {  // a block of its own, so that no load runs past a row
-        run_packed(0, tokens, c0 + c, n, scratch);
-        break;
-      }
-      in_steps<rows>(tokens, [&](auto m, Index t) {
-        if (dropout.on()) {
-          for (Index j = 0; j < m; ++j) keep_bits(dropout, t + j, c0 + c, n, keep + j * mask_pitch(panel));
-        }
-        tile<m, packets>(t, c0 + c, n, at(first.w, c0 + c), first.w.stride, at(second.w, c0 + c), second.w.stride,
-                         {keep, rows, panel / 8, mask_pitch(panel)});
-      });
-    }
-  }
+  void run_natural(Index c0, Index columns, float* scratch) const requires(M == Major::row);
 
  private:
   static Index mask_pitch(Index columns) { return round_up(columns, 8 * width) / 8; }
@@ -121,6 +88,45 @@ struct Spread {
     });
   }
 };
+
+template <class Y, class W, Major M>
+void Spread<Y, W, M>::run_packed(Index t0, Index n, Index c0, Index columns, float* scratch) const {
+  const Index step = panel * ranks();
+  copy_panels(first.w, c0, columns, scratch, step);
+  copy_panels(second.w, c0, columns, scratch + panel * first.w.rows, step);
+  std::uint8_t* const keep = reinterpret_cast<std::uint8_t*>(scratch + blocks_of(columns, panel) * step);
+  in_steps<rows>(n, [&](auto m, Index i) {
+    const Index t = t0 + i;
+    if (dropout.on()) {
+      for (Index j = 0; j < m; ++j) keep_bits(dropout, t + j, c0, columns, keep + j * mask_pitch(columns));
+    }
+    for (Index c = 0; c < columns; c += panel) {
+      const float* const block = scratch + c / panel * step;
+      tile<m, packets>(t, c0 + c, smaller(panel, columns - c), block, panel, block + panel * first.w.rows, panel,
+                       {keep + c / 8, rows, panel / 8, mask_pitch(columns)});
+    }
+  });
+}
+
+template <class Y, class W, Major M>
+void Spread<Y, W, M>::run_natural(Index c0, Index columns, float* scratch) const requires(M == Major::row) {
+  std::uint8_t* const keep = reinterpret_cast<std::uint8_t*>(scratch);
+  const Index tokens = y.rows;
+  for (Index c = 0; c < columns; c += panel) {
+    const Index n = smaller(panel, columns - c);
+    if (n < panel) {  // a block of its own, so that no load runs past a row
+      run_packed(0, tokens, c0 + c, n, scratch);
+      break;
+    }
+    in_steps<rows>(tokens, [&](auto m, Index t) {
+      if (dropout.on()) {
+        for (Index j = 0; j < m; ++j) keep_bits(dropout, t + j, c0 + c, n, keep + j * mask_pitch(panel));
+      }
+      tile<m, packets>(t, c0 + c, n, at(first.w, c0 + c), first.w.stride, at(second.w, c0 + c), second.w.stride,
+                       {keep, rows, panel / 8, mask_pitch(panel)});
+    });
+  }
+}
 
 }  // namespace detail
 }  // namespace cpu

@@ -37,35 +37,7 @@ struct TokenSum {
   }
 
   /// Ranks [r0, r0 + ranks) × columns [c0, c0 + columns), at most one job's.
-  void run(Index r0, Index ranks, Index c0, Index columns, float* scratch) const {
-    const Index tokens = left.rows, step = tokens_per_sum;
-    float* const lefts = scratch + round_up(ranks, rows) * sweep;
-    float* const block = lefts + round_up(ranks, rows) * step;
-    for (Index t = 0; t == 0 || t < tokens; t += step) {
-      const Index n = smaller(step, tokens - t);
-      for (Index r = 0; r < ranks; r += rows) gather(t, n, r0 + r, smaller(rows, ranks - r), lefts + r * n);
-      if (!x.direct()) convert(t, n, c0, columns, block);
-      const Index behind = smaller(step, tokens - t - n);  // tokens of the next tile
-      RowWalk<X> next{x.rows.data + (t + n) * x.rows.stride + c0, x.rows.stride, x.direct() ? behind : 0, columns};
-      for (Index c = 0; c < columns; c += panel) {
-        const Index wide = smaller(panel, columns - c);
-        const float* from = block + (x.direct() ? 0 : c / panel * n * panel);
-        Index from_step = panel;
-        if constexpr (std::is_same_v<X, float>) {
-          if (x.direct() && ranks <= few_ranks && wide == panel && n > 0) {
-            from = x.rows.row(t) + c0 + c;
-            from_step = x.rows.stride;
-          } else if (x.direct()) {
-            copy(t, n, c0 + c, wide, block);
-          }
-        }
-        in_steps<rows>(ranks, [&](auto m, Index r) {
-          tile<m, packets>(t, n, r0 + r, c0 + c, wide, lefts + r / rows * rows * n + r % rows, from, from_step,
-                           scratch + r * sweep + c, next);
-        });
-      }
-    }
-  }
+  void run(Index r0, Index ranks, Index c0, Index columns, float* scratch) const;
 
  private:
   /// to[i][j] = left(t + i, r + j): what a tile reads lies together.
@@ -132,6 +104,37 @@ struct TokenSum {
     }
   }
 };
+
+template <class X, class G, Major M>
+void TokenSum<X, G, M>::run(Index r0, Index ranks, Index c0, Index columns, float* scratch) const {
+  const Index tokens = left.rows, step = tokens_per_sum;
+  float* const lefts = scratch + round_up(ranks, rows) * sweep;
+  float* const block = lefts + round_up(ranks, rows) * step;
+  for (Index t = 0; t == 0 || t < tokens; t += step) {
+    const Index n = smaller(step, tokens - t);
+    for (Index r = 0; r < ranks; r += rows) gather(t, n, r0 + r, smaller(rows, ranks - r), lefts + r * n);
+    if (!x.direct()) convert(t, n, c0, columns, block);
+    const Index behind = smaller(step, tokens - t - n);  // tokens of the next tile
+    RowWalk<X> next{x.rows.data + (t + n) * x.rows.stride + c0, x.rows.stride, x.direct() ? behind : 0, columns};
+    for (Index c = 0; c < columns; c += panel) {
+      const Index wide = smaller(panel, columns - c);
+      const float* from = block + (x.direct() ? 0 : c / panel * n * panel);
+      Index from_step = panel;
+      if constexpr (std::is_same_v<X, float>) {
+        if (x.direct() && ranks <= few_ranks && wide == panel && n > 0) {
+          from = x.rows.row(t) + c0 + c;
+          from_step = x.rows.stride;
+        } else if (x.direct()) {
+          copy(t, n, c0 + c, wide, block);
+        }
+      }
+      in_steps<rows>(ranks, [&](auto m, Index r) {
+        tile<m, packets>(t, n, r0 + r, c0 + c, wide, lefts + r / rows * rows * n + r % rows, from, from_step,
+                         scratch + r * sweep + c, next);
+      });
+    }
+  }
+}
 
 }  // namespace detail
 }  // namespace cpu

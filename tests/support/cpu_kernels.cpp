@@ -1,0 +1,2 @@
+#define KERNELS template struct
+#include "support/cpu_kernels.hpp"
