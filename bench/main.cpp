@@ -1,6 +1,8 @@
 // All rows in one process. Called by bench/run.
 //
 //   --quick            12 rounds instead of 30
+//   --rounds N         N rounds; half for what takes more than 50 ms, a quarter for what takes more than 0.25 s
+//   --smoke            one round: whether rows run, and baselines agree
 //   --beside A,B,…     beside the baselines of these names only
 #include <cstring>
 #include <sstream>
@@ -15,6 +17,12 @@ int take_arguments(int argc, char** argv) {
   for (int i = 0; i < argc; ++i) {
     if (std::strcmp(argv[i], "--quick") == 0) {
       bench::thoroughness().rounds = {.rounds = 12, .rounds_of_slow = 6, .rounds_of_slowest = 3};
+    } else if (std::strcmp(argv[i], "--smoke") == 0) {
+      bench::thoroughness().rounds = {.rounds = 1, .rounds_of_slow = 1, .rounds_of_slowest = 1, .sample = 0};
+    } else if (std::strcmp(argv[i], "--rounds") == 0 && i + 1 < argc) {
+      const int n = std::max(1, std::atoi(argv[++i]));
+      bench::thoroughness().rounds = {
+          .rounds = n, .rounds_of_slow = (n + 1) / 2, .rounds_of_slowest = (n + 3) / 4, .sample = 1e-3};
     } else if (std::strcmp(argv[i], "--beside") == 0 && i + 1 < argc) {
       std::istringstream names(argv[++i]);
       for (std::string name; std::getline(names, name, ',');) bench::thoroughness().beside.push_back(name);

@@ -64,10 +64,16 @@ def sample(call, calls):
     return fastest
 
 
+def spread(rounds, n):
+    """n of the rounds, evenly."""
+    return [r for i, r in enumerate(rounds) if i * n // len(rounds) != (i + 1) * n // len(rounds)]
+
+
 def interleave(contenders, rounds, hold):
     """{name: [seconds per call, or None where a slow one sat a round out]} for {name: call}."""
     seconds = {name: [None] * rounds for name in contenders}
-    few, fewest = max(1, rounds // 2), max(1, rounds // 6)
+    slow = spread(range(rounds), max(1, rounds // 2))
+    slowest = spread(slow, max(1, rounds // 6))  # they meet the slow ones, and those all
     order, shuffle = list(contenders), random.Random(7).shuffle
     gc.collect()
     gc.disable()
@@ -81,14 +87,9 @@ def interleave(contenders, rounds, hold):
             begin = time.monotonic()
             with hold.held():
                 while done < rounds and time.monotonic() - begin < SLICE:
-                    # The fewest meet the few, and those all.
-                    with_slow = done * few // rounds != (done + 1) * few // rounds
-                    with_slowest = with_slow and done * fewest // rounds != (done + 1) * fewest // rounds
                     shuffle(order)
                     for name in order:
-                        if estimate[name] > SLOW and not with_slow:
-                            continue
-                        if estimate[name] > SLOWEST and not with_slowest:
+                        if estimate[name] > SLOW and done not in slow or estimate[name] > SLOWEST and done not in slowest:
                             continue
                         call = contenders[name]
                         if estimate[name] < WARMED:
