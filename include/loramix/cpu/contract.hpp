@@ -39,10 +39,11 @@ struct Input {
 template <class X, class W, Major M>
 struct PanelContraction {
   Input<X> x;
-  MatrixView<const W, Space::host, M> w;  // [R, d]
+  Stacked<W, M> w;  // [R, d]
   Index sweep;
   float scale;
-  MatrixView<float> out;  // [T, R]
+  MatrixView<float> out;       // [T, R]
+  MatrixView<float> second{};  // [T, n] of the second weights
 
   /// Tokens that go by together: rows of the widest tiles, and of two of the others.
   static constexpr Index group = RegisterTile::rows_of(1);
@@ -56,7 +57,7 @@ struct PanelContraction {
     Jobs(Index all_tokens, Index all_ranks, Index lanes) {
       constexpr Index few = 512, wide = RegisterTile::wide * width;
       const Index parts = all_tokens <= few ? lanes : 1;
-      ranks = smaller(most_ranks, round_up(blocks_of(all_ranks, parts), wide));
+      ranks = smaller(most_ranks, round_up(blocks_of(all_ranks, parts), parts == 1 ? wide : width));
       ranks = larger(width, smaller(ranks, round_up(all_ranks, width)));
       rank_jobs = blocks_of(all_ranks, ranks);
       const Cut cut(all_tokens, blocks_of(lanes, larger(1, rank_jobs)), larger(1, most_sums / ranks / group) * group,
@@ -78,6 +79,13 @@ struct PanelContraction {
 
  private:
   static constexpr Index pitch(Index columns) { return round_up(columns, width) + width; }
+
+  void write(const float* sums, Index n, float* to) const {
+    const Packet factor = splat(scale);
+    Index j = 0;
+    for (; j + width <= n; j += width) store(to + j, mul(factor, load(sums + j)));
+    for (; j < n; ++j) to[j] = scale * sums[j];
+  }
 
   /// g tokens from t on × columns [k, k + n). What is converted is converted in blocks that stay in L1.
   void tokens_by(Index t, Index g, Index k, Index n, const float* panels, Index padded, float* sums,
@@ -105,7 +113,7 @@ struct PanelContraction {
   /// What is converted next: the same tokens' columns from c on, or the next tokens' from k on.
   RowWalk<X> behind(Index t, Index g, Index k, Index c) const {
     if (x.direct()) return {};
-    const Index end = smaller(k + sweep, w.cols);
+    const Index end = smaller(k + sweep, w.columns());
     if (c >= end) t += g, c = k;
     return {x.rows.row(t) + c, x.rows.stride, smaller(g, x.rows.rows - t), smaller(converted, end - c)};
   }
@@ -127,25 +135,24 @@ struct PanelContraction {
 template <class X, class W, Major M>
 void PanelContraction<X, W, M>::run(const Jobs& jobs, Index job, float* scratch) const {
   const Index r = job % jobs.rank_jobs * jobs.ranks, t0 = job / jobs.rank_jobs * jobs.tokens;
-  const Index ranks = smaller(jobs.ranks, w.rows - r), padded = round_up(ranks, width);
+  const Index ranks = smaller(jobs.ranks, w.ranks() - r), padded = round_up(ranks, width);
   const Index n = smaller(jobs.tokens, x.rows.rows - t0);
   float* const sums = scratch;
   float* const panels = sums + n * padded;
-  for (Index k = 0; k < w.cols; k += sweep) {
-    const Index columns = smaller(sweep, w.cols - k);
+  for (Index k = 0; k < w.columns(); k += sweep) {
+    const Index columns = smaller(sweep, w.columns() - k);
     pack(w, r, ranks, k, columns, panels);
     for (Index t = 0; t < n; t += group) {
       tokens_by(t0 + t, smaller(group, n - t), k, columns, panels, padded, sums + t * padded,
                 panels + padded * columns);
     }
   }
-  const Packet factor = splat(scale);
+  const Index begin_of_second = w.begin_of_second();
   for (Index t = 0; t < n; ++t) {
     const float* const from = sums + t * padded;
-    float* const to = out.row(t0 + t) + r;
-    Index j = 0;
-    for (; j + width <= ranks; j += width) store(to + j, mul(factor, load(from + j)));
-    for (; j < ranks; ++j) to[j] = scale * from[j];
+    if (r < out.cols) write(from, smaller(ranks, out.cols - r), out.row(t0 + t) + r);
+    const Index skipped = larger(0, begin_of_second - r);
+    if (skipped < ranks) write(from + skipped, ranks - skipped, second.row(t0 + t) + r + skipped - begin_of_second);
   }
 }
 

@@ -53,10 +53,11 @@ void set_zero(const Backend<E>& be, MatrixView<float> out) {
   over_rows(be, out.rows, [&](Index t) { std::fill_n(out.row(t), out.cols, 0.f); });
 }
 
-/// A contraction with the weights w [R, d].
+/// A contraction with the weights w [R, d], and in the same pass with others.
 template <class W, Major M>
 struct Contraction {
   MatrixView<const W, Space::host, M> w;
+  MatrixView<const W, Space::host, M> second{};  // [n, d] or empty; only where w is not read as it lies
 
   /// Whether the weights are read as they lie.
   bool by_dots(const Tuning& tuning, Index tokens) const {
@@ -67,21 +68,26 @@ struct Contraction {
   Index scratch(const Backend<E>& be, Index tokens, bool direct) const {
     const Index dots = M == Major::row ? DotContraction<float, W>::scratch(w.cols, sweep_of(be.tuning)) : 0;
     if (w.rows == 0 || by_dots(be.tuning, tokens)) return dots;
-    return larger(dots, PanelContraction<float, W, M>::scratch(be.tuning, tokens, w.rows, w.cols, direct));
+    const Index ranks = Stacked<W, M>{w, second}.ranks();
+    return larger(dots, PanelContraction<float, W, M>::scratch(be.tuning, tokens, ranks, w.cols, direct));
   }
 
   /// out [T, R] = scale · x̂ Wᵀ.
   template <class E, class X>
-  void run(const Backend<E>& be, const Input<X>& x, float scale, MatrixView<float> out, MatrixView<float> lanes) const {
+  void run(const Backend<E>& be, const Input<X>& x, float scale, MatrixView<float> out, MatrixView<float> lanes,
+           MatrixView<float> second_out = {}) const {
     const Index tokens = x.rows.rows;
     if (tokens == 0 || w.rows == 0) return;
-    if (w.cols == 0) return set_zero(be, out);
+    if (w.cols == 0) {
+      set_zero(be, second_out);
+      return set_zero(be, out);
+    }
     if constexpr (M == Major::row) {
       if (by_dots(be.tuning, tokens))
         return run_dots(be, DotContraction<X, W>{x, w, sweep_of(be.tuning), scale, out}, lanes);
     }
-    const PanelContraction<X, W, M> contraction{x, w, sweep_of(be.tuning), scale, out};
-    const typename PanelContraction<X, W, M>::Jobs jobs(tokens, w.rows, be.lanes());
+    const PanelContraction<X, W, M> contraction{x, {w, second}, sweep_of(be.tuning), scale, out, second_out};
+    const typename PanelContraction<X, W, M>::Jobs jobs(tokens, contraction.w.ranks(), be.lanes());
     be.run(jobs.count(), [&](Index job, Index lane) { contraction.run(jobs, job, lanes.row(lane)); });
   }
 
@@ -133,13 +139,13 @@ Index spread_scratch(const Tuning& tuning, Index ranks) {
 template <class E, class X, class G, Major M>
 void run_token_sum(const Backend<E>& be, const TokenSum<X, G, M>& sum, MatrixView<float> scratch) {
   if (sum.out.data == nullptr || sum.out.empty()) return;
-  const Cut columns(sum.out.cols, be.lanes(), sum.sweep, 1), ranks(sum.out.rows, 1, sum.ranks_of_job, sum.rows);
+  const Cut columns(sum.out.cols, be.lanes(), sum.sweep, 1), ranks(sum.ranks(), 1, sum.ranks_of_job, sum.rows);
   // Jobs begin at multiples of whole panels, and of 8 columns.
   const Index wide = smaller(sum.sweep, round_up(columns.size, 24 * width));
   const Index blocks = blocks_of(sum.out.cols, wide);
   be.run(blocks * ranks.jobs, [&](Index i, Index lane) {
     const Index c = i % blocks * wide, r = i / blocks;
-    sum.run(ranks.begin(r), ranks.count(r, sum.out.rows), c, smaller(wide, sum.out.cols - c), scratch.row(lane));
+    sum.run(ranks.begin(r), ranks.count(r, sum.ranks()), c, smaller(wide, sum.out.cols - c), scratch.row(lane));
   });
 }
 
@@ -217,6 +223,7 @@ template <class X, class W>
 struct FusedShrink {
   Contraction<W, Major::row> ranks, side;
   bool grouped;
+  bool together;  // A and the side rows meet the same x, on packed weights
   Selection selection;
   MatrixView<float> lanes;
 
@@ -224,9 +231,16 @@ struct FusedShrink {
 
   template <class E, class Op>
   FusedShrink(Arena<>& arena, const Backend<E>& be, const Op& op)
-      : ranks{op.A}, side{op.side}, grouped(op.select.tokens != 0 && is_grouped(be.tuning, op.select, op.A.rows)) {
+      : ranks{op.A},
+        side{op.side},
+        grouped(op.select.tokens != 0 && is_grouped(be.tuning, op.select, op.A.rows)),
+        together(!grouped && !op.dropout.on() && op.A.rows != 0 && op.side.rows != 0 &&
+                 !ranks.by_dots(be.tuning, op.x.rows)) {
+    if (together) ranks.second = op.side;
     const Input<X> dropped{op.x, op.dropout}, plain{op.x};
-    Index floats = larger(ranks.scratch(be, op.x.rows, dropped.direct()), side.scratch(be, op.x.rows, plain.direct()));
+    // Of both together whether or not they are: what a query is told of dropout is not what a call will have.
+    const Contraction<W, Major::row> both{op.A, op.side};
+    Index floats = larger(both.scratch(be, op.x.rows, dropped.direct()), side.scratch(be, op.x.rows, plain.direct()));
     if (grouped) {
       selection = Selection(arena, op.select);
       floats = larger(floats, Grouped::scratch(be.tuning, selection, op.A.cols, dropped.direct()));
@@ -241,9 +255,9 @@ struct FusedShrink {
       selection.build(be);
       run_grouped(be, Grouped{dropped, op.A, &selection, sweep_of(be.tuning), 1.f, op.u}, lanes);
     } else {
-      ranks.run(be, dropped, 1.f, op.u, lanes);
+      ranks.run(be, dropped, 1.f, op.u, lanes, together ? op.h : MatrixView<float>{});
     }
-    side.run(be, Input<X>{op.x}, 1.f, op.h, lanes);
+    if (!together) side.run(be, Input<X>{op.x}, 1.f, op.h, lanes);
   }
 };
 
@@ -253,16 +267,17 @@ struct FusedShrinkBackward {
   using GroupedSum = GroupedTokenSum<X, G, Major::row>;
   using Back = Spread<X, W, Major::row>;
   bool grouped;
+  bool together;  // dA and dside are sums over the same x
   Selection selection;
   MatrixView<float> lanes;
 
   template <class E, class Op>
   FusedShrinkBackward(Arena<>& arena, const Backend<E>& be, const Op& op)
-      : grouped(op.select.tokens != 0 && is_grouped(be.tuning, op.select, op.A.rows)) {
+      : grouped(op.select.tokens != 0 && is_grouped(be.tuning, op.select, op.A.rows)),
+        together(!grouped && !op.dropout.on() && op.A.rows != 0 && op.dA.data != nullptr && op.dside.data != nullptr) {
     const bool direct = std::is_same_v<X, float> && !op.dropout.on();
     const Index ranks = op.A.rows + op.side.rows, sweep = Back::sweep_of(be.tuning, ranks);
-    Index floats = larger(Sum::scratch(larger(op.A.rows, op.side.rows), be.tuning.tokens_per_sum, direct),
-                          Back::scratch(ranks, sweep));
+    Index floats = larger(Sum::scratch(ranks, be.tuning.tokens_per_sum, direct), Back::scratch(ranks, sweep));
     if (grouped) {
       selection = Selection(arena, op.select);
       floats = larger(floats,
@@ -277,11 +292,15 @@ struct FusedShrinkBackward {
     const Input<X> dropped{op.x, op.dropout};
     const Back back{{op.du, op.A}, {op.dh, op.side}, op.dropout, 1.f, op.input, op.dx};
     if (grouped) selection.build(be);
-    if (grouped)
-      run_grouped(be, GroupedSum{op.du, dropped, 1.f, op.parameters, op.dA, &selection}, lanes);
-    else
-      run_token_sum(be, Sum{op.du, dropped, 1.f, op.parameters, op.dA, step}, lanes);
-    run_token_sum(be, Sum{op.dh, {op.x}, 1.f, op.parameters, op.dside, step}, lanes);
+    if (together) {
+      run_token_sum(be, Sum{op.du, dropped, 1.f, op.parameters, op.dA, step, op.dh, op.dside}, lanes);
+    } else {
+      if (grouped)
+        run_grouped(be, GroupedSum{op.du, dropped, 1.f, op.parameters, op.dA, &selection}, lanes);
+      else
+        run_token_sum(be, Sum{op.du, dropped, 1.f, op.parameters, op.dA, step}, lanes);
+      run_token_sum(be, Sum{op.dh, {op.x}, 1.f, op.parameters, op.dside, step}, lanes);
+    }
     if (op.dx.data == nullptr || op.dx.empty()) return;
     if (grouped)
       run_grouped(be, GroupedSpread<X, W, Major::row>{back, &selection}, lanes);

@@ -57,12 +57,26 @@ void pack_packet(MatrixView<const W, Space::host, Major::column> w, Index r, Ind
   }
 }
 
+/// Weights, and others below them that begin at a whole packet: what is contracted with the same x in one pass.
+template <class W, Major M>
+struct Stacked {
+  MatrixView<const W, Space::host, M> first;
+  MatrixView<const W, Space::host, M> second{};
+
+  Index begin_of_second() const { return round_up(first.rows, width); }
+  Index ranks() const { return second.rows == 0 ? first.rows : begin_of_second() + second.rows; }
+  Index columns() const { return first.cols; }
+};
+
 /// The panels of ranks [r, r + ranks) × columns [k, k + n), one behind the other.
 template <class W, Major M>
-void pack(MatrixView<const W, Space::host, M> w, Index r, Index ranks, Index k, Index n, float* panels) {
+void pack(const Stacked<W, M>& w, Index r, Index ranks, Index k, Index n, float* panels) {
+  const Index second = w.begin_of_second();
   for_panels(ranks, [&](auto packets, Index begin) {
     for (int i = 0; i < packets; ++i) {
-      pack_packet(w, r + begin + i * width, k, n, panels + begin * n + i * width, packets * width);
+      const Index rank = r + begin + i * width;
+      pack_packet(rank < second ? w.first : w.second, rank < second ? rank : rank - second, k, n,
+                  panels + begin * n + i * width, packets * width);
     }
   });
 }

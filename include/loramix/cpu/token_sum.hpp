@@ -8,6 +8,8 @@
 /// Determinism: tokens in order inside one job: the number of threads changes nothing.
 /// Example:     ops/shrink.hpp
 #pragma once
+#include <algorithm>
+
 #include <loramix/cpu/contract.hpp>
 
 namespace loramix {
@@ -23,12 +25,17 @@ struct TokenSum {
   Into into;
   MatrixView<G, Space::host, M> out;  // [R, d]
   Index tokens_per_sum;
+  // Sums over the same x̂ in the same pass, their ranks behind the others.
+  MatrixView<const float> second_left{};   // [T, n]
+  MatrixView<G, Space::host, M> second{};  // [n, d]
+
+  Index ranks() const { return out.rows + second.rows; }
 
   static constexpr int packets = RegisterTile::sum_packets;
   static constexpr int rows = RegisterTile::sum_rows;
   static constexpr Index panel = packets * width;  // columns
   static constexpr Index sweep = 1008;             // columns of a job: a multiple of every panel, and of 8
-  static constexpr Index ranks_of_job = 128;
+  static constexpr Index ranks_of_job = 160;
   static constexpr Index few_ranks = 32;  // up to here x is read where it lies
 
   static Index scratch(Index ranks, Index tokens_per_sum, bool direct) {
@@ -42,11 +49,13 @@ struct TokenSum {
  private:
   /// to[i][j] = left(t + i, r + j): what a tile reads lies together.
   void gather(Index t, Index n, Index r, Index ranks, float* to) const {
+    const Index here = smaller(ranks, larger(0, out.rows - r));
     for (Index i = 0; i < n; ++i, to += rows) {
-      const float* const from = left.row(t + i) + r;
-      for (Index j = 0; j < ranks; ++j) to[j] = from[j];
+      if (here > 0) std::copy_n(left.row(t + i) + r, here, to);
+      if (here < ranks) std::copy_n(second_left.row(t + i) + (r + here - out.rows), ranks - here, to + here);
     }
   }
+  G& at(Index r, Index c) const { return r < out.rows ? out(r, c) : second(r - out.rows, c); }
   /// block[i][j] = x[t + i][c + j], zeros from `wide` on.
   void copy(Index t, Index n, Index c, Index wide, float* block) const {
     for (Index i = 0; i < n; ++i, block += panel) {
@@ -88,7 +97,7 @@ struct TokenSum {
     if constexpr (M == Major::row && std::is_same_v<G, float>) {
       if (wide == N * width) {
         sum.each([&](int i, int j, Packet v) {
-          float* const to = out.row(r + i) + c + j * width;
+          float* const to = &at(r + i, c + j * width);
           store(to, into == Into::add ? fma(factor, v, load(to)) : mul(factor, v));
         });
         return;
@@ -98,7 +107,7 @@ struct TokenSum {
     sum.each([&](int i, int j, Packet v) { store(values[i] + j * width, mul(factor, v)); });
     for (Index i = 0; i < R; ++i) {
       for (Index j = 0; j < wide; ++j) {
-        G& cell = out(r + i, c + j);
+        G& cell = at(r + i, c + j);
         cell = narrow<G>(into == Into::add ? widen<float>(cell) + values[i][j] : values[i][j]);
       }
     }
