@@ -57,6 +57,10 @@ class PhiloxLanes {
 
 /// bits[i / 8] for columns [c0, c0 + n) of row t; c0 is a multiple of 8. Room for a multiple of `width` bytes.
 inline void keep_bits(const Dropout& dropout, Index t, Index c0, Index n, std::uint8_t* bits) {
+  if (dropout.mask != nullptr) {  // drawn before
+    std::memcpy(bits, dropout.mask + t * dropout.mask_stride + c0 / 8, static_cast<std::size_t>((n + 7) / 8));
+    return;
+  }
   const std::uint64_t token = dropout.first_token + static_cast<std::uint64_t>(t);
   const std::uint32_t purpose = static_cast<std::uint32_t>(Purpose::dropout);
   Bits64 lane;
