@@ -46,6 +46,7 @@ int main(int argc, char** argv) {
   bench::register_classes();
   bench::register_shapes();
   bench::register_stages();
+  bench::register_adapters();
   benchmark::RunSpecifiedBenchmarks();
   benchmark::Shutdown();
 }

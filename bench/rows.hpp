@@ -167,5 +167,6 @@ void register_instrument();
 void register_classes();
 void register_shapes();
 void register_stages();
+void register_adapters();
 
 }  // namespace bench

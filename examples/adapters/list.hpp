@@ -39,16 +39,6 @@ using All = List<
     lm::Served<P>>;
 // clang-format on
 
-// A's configuration at a given budget, and what Config::of cannot know: how many tasks or domains there are.
-template <class A>
-typename A::Config configured(lm::Shape shape, lm::Index tasks) {
-  typename A::Config config;
-  if constexpr (requires { config.places; }) shape.experts = tasks;  // an expert per domain
-  config = A::Config::of(shape);
-  if constexpr (requires { config.tasks; }) config.tasks = tasks;
-  return config;
-}
-
 // f.template operator()<A>() for every adapter A of a list, in its order.
 template <class... A, class F>
 void for_each(List<A...>, F&& f) {

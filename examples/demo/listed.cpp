@@ -1,4 +1,6 @@
 // Adapters of examples/adapters/list.hpp without a row of their own: a new line there is a row here, at the budget.
+#include <loramix/bench/layer.hpp>
+
 #include <adapters/list.hpp>
 
 #include "methods.hpp"
@@ -27,7 +29,7 @@ Recipe<A> at_budget() {
   for (Index rank = 24;; --rank) {
     Recipe<A> recipe{{.total_rank = rank, .experts = 4}};
     recipe.adjust = [rank](typename A::Config& config) {
-      config = adapters::configured<A>({config.d_in, config.d_out, rank, 4}, domains);
+      config = lm::bench::configured<A>({config.d_in, config.d_out, rank, 4}, domains);
     };
     if (rank <= 1 || Adapted<A, Mlp>(network, recipe, 0).trainable() <= budget) return recipe;
   }

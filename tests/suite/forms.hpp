@@ -4,6 +4,8 @@
 #include <string>
 #include <vector>
 
+#include <loramix/bench/layer.hpp>
+
 #include <adapters/list.hpp>
 
 namespace loramix_test {
@@ -120,7 +122,7 @@ inline std::vector<Form<lm::ServedConfig>> forms(const lm::ServedConfig&) {
 /// A's configuration in the suite, before a form changes it.
 template <class A>
 typename A::Config suite_config() {
-  auto config = adapters::configured<A>({.d_in = 13, .d_out = 11, .total_rank = 6, .experts = told_tasks}, told_tasks);
+  auto config = lm::bench::configured<A>({.d_in = 13, .d_out = 11, .total_rank = 6, .experts = told_tasks}, told_tasks);
   if constexpr (requires { config.dropout; }) config.dropout = 0.5;
   return config;
 }

@@ -59,7 +59,7 @@ class Hosted final : public Subject<typename A::element> {
     this->silent = form.silent;
     this->adds = !lm::MixLoraAdapter<A> && !requires { adapter_.output_rows(1, 1); };
     this->draws = adapter_.dropout() > 0;
-    this->stamped = requires { saved_.stamp; };
+    this->stamped = requires { saved_.origin.stamp; };
     this->by_token = !requires { config.places; }
     &&!requires { adapter_.output_rows(1, 1); };
     if constexpr (requires { config.rule.capacity; }) this->by_token = config.rule.capacity == 0;

@@ -19,6 +19,15 @@ namespace loramix {
 inline namespace LORAMIX_ABI {
 namespace bench {
 
+/// A's configuration at a given budget, and what Config::of cannot know: how many tasks or domains a batch may name.
+template <class A>
+typename A::Config configured(Shape shape, Index tasks) {
+  if constexpr (requires(typename A::Config c) { c.places; }) shape.experts = tasks;  // an expert per domain
+  typename A::Config config = A::Config::of(shape);
+  if constexpr (requires { config.tasks; }) config.tasks = tasks;
+  return config;
+}
+
 /// Adapters that see x and y only, which are nearly all.
 template <class A>
 class Layer {
@@ -43,6 +52,8 @@ class Layer {
   /// Once the frozen weights have their values, and the adapter is initialised.
   template <class Backend>
   void start(const Backend&, A&) {}
+  /// What the layer's own products cost beside adapter.cost().
+  static Cost frozen_cost(Index) { return {}; }
 
   template <class Backend>
   static Index workspace_bytes(const Backend& be, const A& adapter, Index tokens, Pass pass = Pass::forward) {
@@ -111,6 +122,7 @@ class Layer<A> {
     row_squares(be, RowSquares<X, Acc, space>{weights_.view(), squares_.view()});
     start_magnitude(be, adapter, base());
   }
+  Cost frozen_cost(Index tokens) const { return product_cost<typename A::precision>(tokens, in(), 0, out(), 0, 0); }
   DoraBase<A> base() const { return {.weights = weights_.view(), .squares = squares_.view()}; }
 
   template <class Backend>
@@ -170,6 +182,9 @@ class Layer<A> {
   }
   template <class Backend>
   void start(const Backend&, A&) {}
+  Cost frozen_cost(Index tokens) const {
+    return product_cost<typename A::precision>(tokens, in(), out(), 2 * hidden(), hidden(), 0);
+  }
 
   template <class Backend>
   Index workspace_bytes(const Backend& be, const A& adapter, Index tokens, Pass pass = Pass::forward) const {
