@@ -73,7 +73,10 @@ template <class View>
 std::string first_not_finite(View view) {
   for (Index i = 0; i < view.rows; ++i) {
     for (Index j = 0; j < view.cols; ++j) {
-      if (!is_finite(view(i, j))) return "[" + std::to_string(i) + ", " + std::to_string(j) + "]";
+      if (is_finite(view(i, j))) continue;
+      std::string place(1, '[');  // as in shown()
+      place.append(std::to_string(i)).append(", ").append(std::to_string(j)).append("]");
+      return place;
     }
   }
   return {};

@@ -47,7 +47,12 @@ inline std::string printable(std::string_view text, std::size_t most) {
   }
   return out;
 }
-inline std::string shown(std::string_view text, std::size_t most = 80) { return "'" + printable(text, most) + "'"; }
+inline std::string shown(std::string_view text, std::size_t most = 80) {
+  std::string out(1, '\'');  // GCC 12 warns of a literal + a string, wrongly (PR 105651)
+  out += printable(text, most);
+  out += '\'';
+  return out;
+}
 
 /// "loramix: <op>: '<path>'", of a long path its end.
 inline Error about_file(const char* op, const std::string& path) {
