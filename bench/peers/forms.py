@@ -417,7 +417,7 @@ def peft_linear(p, train, ranks):
         for module, weight in ((layer.lora_A, p.A[p.ranks_of(e)]), (layer.lora_B, p.B[p.ranks_of(e)].T)):
             module[str(e)] = torch.nn.Linear(*weight.shape[::-1], bias=False, device="meta")
             module[str(e)].weight = torch.nn.Parameter(weight.detach().contiguous().clone(), requires_grad=train)
-    layer.train(train)
+    layer.train(train or c.dropout > 0)
     return layer
 
 

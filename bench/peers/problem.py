@@ -29,6 +29,7 @@ class Problem:
         self.scale = 0.5
         self.copies = max(1, -(-COLD_BYTES // c.weight_bytes())) if c.cold else 1
         self.x, self.y0 = draw(c.tokens, c.d_in), draw(c.tokens, c.d_out)
+        self.x[self.x == 0] = 0.5  # a 0 would hide whether dropout kept it
         self.As = draw(self.copies, c.ranks_of_a, c.d_in, bound=c.d_in**-0.5)
         self.Bs = draw(self.copies, c.ranks, c.d_out, bound=0.1)  # rank-major
         self.A, self.B = self.As[0], self.Bs[0]
