@@ -234,6 +234,19 @@ struct TileContraction {
   }
 };
 
+/// p = v, rounded to nearest. Where the compiler was told of it by one instruction, to which subnormal numbers are 0.
+[[gnu::always_inline]] inline void store_rounded(bfloat16* p, Packet v) {
+#ifdef __AVX512BF16__
+  if constexpr (width == 16) {
+    Bits16 narrow;
+    asm("vcvtneps2bf16 %1, %0" : "=v"(narrow) : "v"(v));
+    std::memcpy(static_cast<void*>(p), &narrow, sizeof(narrow));
+    return;
+  }
+#endif
+  store(p, v);
+}
+
 /// y [T, d] (+)= scale · left W, and a second pair of factors behind the first one's dropout.
 struct TileSpread {
   const Spread<bfloat16, bfloat16, Major::row>* all;
@@ -326,21 +339,25 @@ struct TileSpread {
              const float* sums) const {
     for (Index i = 0; i < n; ++i) {
       if (all->idle != nullptr && all->idle[t + i] != 0) continue;
-      bfloat16* const to = all->y.row(t + i) + c;
-      const float* const from = sums + i * sweep;
-      const auto value = [&](Index j) {
-        const Packet v = mul(factor, load(from + j));
-        return keep == nullptr ? v : keep_lanes(v, keep + i * keep_pitch, j);
-      };
-      Index j = 0;
-      for (; j + width <= columns; j += width) {
-        store(to + j, all->into == Into::add ? add(load(to + j), value(j)) : value(j));
-      }
-      if (j < columns) {
-        const Index rest = columns - j;
-        store_part(to + j, all->into == Into::add ? add(load_part(to + j, rest), value(j)) : value(j), rest);
-      }
+      const std::uint8_t* const bits = keep == nullptr ? nullptr : keep + i * keep_pitch;
+      if (all->into == Into::add)
+        write_row<true>(all->y.row(t + i) + c, columns, factor, bits, sums + i * sweep);
+      else
+        write_row<false>(all->y.row(t + i) + c, columns, factor, bits, sums + i * sweep);
     }
+  }
+  template <bool Add>
+  static void write_row(bfloat16* to, Index columns, Packet factor, const std::uint8_t* bits, const float* from) {
+    const auto row = [&](const auto& value) {
+      Index j = 0;
+      for (; j + width <= columns; j += width) store_rounded(to + j, Add ? add(load(to + j), value(j)) : value(j));
+      const Index rest = columns - j;
+      if (rest > 0) store_part(to + j, Add ? add(load_part(to + j, rest), value(j)) : value(j), rest);
+    };
+    if (bits == nullptr)
+      row([&](Index j) { return mul(factor, load(from + j)); });
+    else
+      row([&](Index j) { return keep_lanes(mul(factor, load(from + j)), bits, j); });
   }
 };
 

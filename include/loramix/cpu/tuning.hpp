@@ -41,7 +41,7 @@ struct Tuning {
   Index sweep = 1024;          // columns of x or y in one sweep over the tokens: a page of float, for fewer page walks
   Index weights = 128 * 1024;  // values of a block of weights that stay in L2 during a sweep
   Index tokens_per_sum = 48;   // tokens added to dA, dB before their sums leave the registers
-  Index serial_bytes = 1 << 18;  // T ≤ 4: weights below which other threads are not worth waking
+  Index serial_bytes = 1 << 17;  // T ≤ 4: weights below which other threads are not worth waking
 };
 
 namespace detail {
