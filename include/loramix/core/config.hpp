@@ -112,6 +112,30 @@ LORAMIX_HD inline V keep_lanes_by_mask(V v, unsigned short) {
 }
 #endif
 
+/// Whether `round_to_bfloat16` below is there: 16 floats rounded to nearest at once; subnormal ones become 0.
+#if defined(__AVX512BF16__) && defined(__AVX512F__) && defined(__GNUC__) && !defined(__CUDACC__)
+inline constexpr bool has_bfloat16_rounding = true;
+typedef unsigned short Shorts256 __attribute__((vector_size(32)));
+inline Shorts256 round_to_bfloat16(Floats512 v) {
+  Shorts256 out;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(out) : "v"(v));
+  return out;
+}
+#else
+inline constexpr bool has_bfloat16_rounding = false;
+template <class V>
+LORAMIX_HD inline V round_to_bfloat16(V v) {
+  return v;
+}
+#endif
+
+/// Whether assembly of x86-64 may be written (cpu/amx.hpp).
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__CUDACC__)
+inline constexpr bool has_x86_assembly = true;
+#else
+inline constexpr bool has_x86_assembly = false;
+#endif
+
 /// Throws `error`; returns, so that the caller can go to the error handler, where exceptions are off.
 template <class Error>
 void throw_if_possible(const Error& error) {

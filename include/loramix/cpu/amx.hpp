@@ -35,7 +35,7 @@ inline bool request_amx() {
     while (!there && std::fgets(line, sizeof(line), file) != nullptr) there = std::strstr(line, " amx_bf16") != nullptr;
     std::fclose(file);
     constexpr long arch_prctl = 158, request_permission = 0x1023, tile_data = 18;
-    return there && ::syscall(arch_prctl, request_permission, tile_data) == 0;
+    return loramix::detail::has_x86_assembly && there && ::syscall(arch_prctl, request_permission, tile_data) == 0;
   }();
   return granted;
 }
@@ -47,47 +47,40 @@ namespace detail {
 struct Tiles {
   static constexpr Index rows = 16, depth = 32;  // of a tile: 16 rows of 32 bfloat16, or of 16 float
 
-#ifdef __x86_64__
   /// All tiles 16 rows of 64 bytes. Other libraries release tiles: configured at the start of every job.
+  template <bool Here = loramix::detail::has_x86_assembly>
   static void configure() {
     struct alignas(64) {
       std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
       std::uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       std::uint8_t rows_of[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } config;
-    asm volatile("ldtilecfg %0" ::"m"(config) : "memory");
+    if constexpr (Here) asm volatile("ldtilecfg %0" ::"m"(config) : "memory");
   }
-  static void release() { asm volatile("tilerelease" ::: "memory"); }
+  template <bool Here = loramix::detail::has_x86_assembly>
+  static void release() {
+    if constexpr (Here) asm volatile("tilerelease" ::: "memory");
+  }
 
-  template <int Tile>
+  template <int Tile, bool Here = loramix::detail::has_x86_assembly>
   [[gnu::always_inline]] static void zero() {
-    asm volatile("tilezero %%tmm%c0" ::"i"(Tile));
+    if constexpr (Here) asm volatile("tilezero %%tmm%c0" ::"i"(Tile));
   }
-  template <int Tile>
+  template <int Tile, bool Here = loramix::detail::has_x86_assembly>
   [[gnu::always_inline]] static void load(const void* p, Index bytes_between_rows) {
-    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(bytes_between_rows), "i"(Tile) : "memory");
+    if constexpr (Here)
+      asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(bytes_between_rows), "i"(Tile) : "memory");
   }
-  template <int Tile>
+  template <int Tile, bool Here = loramix::detail::has_x86_assembly>
   [[gnu::always_inline]] static void store(void* p, Index bytes_between_rows) {
-    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(bytes_between_rows), "i"(Tile) : "memory");
+    if constexpr (Here)
+      asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(bytes_between_rows), "i"(Tile) : "memory");
   }
   /// C += A · B: A [16, 32] in rows, B [32, 16] in pairs of rows.
-  template <int C, int A, int B>
+  template <int C, int A, int B, bool Here = loramix::detail::has_x86_assembly>
   [[gnu::always_inline]] static void multiply() {
-    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+    if constexpr (Here) asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
   }
-#else  // request_amx() says no, and nothing calls these
-  static void configure() {}
-  static void release() {}
-  template <int Tile>
-  static void zero() {}
-  template <int Tile>
-  static void load(const void*, Index) {}
-  template <int Tile>
-  static void store(void*, Index) {}
-  template <int C, int A, int B>
-  static void multiply() {}
-#endif
 };
 
 /// 32 tokens × 32 columns: tiles 0 to 3; their factors 4, 5 (rows) and 6, 7 (columns).
@@ -234,17 +227,14 @@ struct TileContraction {
   }
 };
 
-/// p = v, rounded to nearest. Where the compiler was told of it by one instruction, to which subnormal numbers are 0.
+/// p = v, rounded to nearest: by one instruction where the compiler was told of it.
 [[gnu::always_inline]] inline void store_rounded(bfloat16* p, Packet v) {
-#ifdef __AVX512BF16__
-  if constexpr (width == 16) {
-    Bits16 narrow;
-    asm("vcvtneps2bf16 %1, %0" : "=v"(narrow) : "v"(v));
+  if constexpr (loramix::detail::has_bfloat16_rounding && width == 16) {
+    const auto narrow = loramix::detail::round_to_bfloat16(v);
     std::memcpy(static_cast<void*>(p), &narrow, sizeof(narrow));
-    return;
+  } else {
+    store(p, v);
   }
-#endif
-  store(p, v);
 }
 
 /// y [T, d] (+)= scale · left W, and a second pair of factors behind the first one's dropout.
