@@ -261,12 +261,12 @@ struct TokenSumPlan {
 /// `steps`: of 16 rows, wanted or not, so that what is wanted changes no bit.
 template <class Math>
 TokenSumPlan plan_token_sum(const Tuning& tuning, Index tokens, Index width, Index steps) {
-  using Block = TokenSumBlock<Math, float>;
+  using Block = TokenSumBlock<Math, float, true>;
   TokenSumPlan plan;
   // Blocks of columns read the ranks again each; the widest block that registers and shared memory allow has the fewest.
   const Index ranks = steps * tile_step * Index{sizeof(float)}, x = width * Index{sizeof(typename Math::Left)};
   plan.warps = Math::token_warps;
-  while (plan.warps > 1 && (Block::shared_bytes(plan.warps, true, true) > tuning.machine.shared_bytes ||
+  while (plan.warps > 1 && (Block::shared_bytes(plan.warps, true) > tuning.machine.shared_bytes ||
                             (plan.warps / 2) * tile_cols >= width ||
                             tuning.share * ranks * ceil_div(width, plan.warps / 2 * tile_cols) <= x)) {
     plan.warps /= 2;
@@ -294,20 +294,26 @@ __global__ void __launch_bounds__(256)
   add_chunks(task, static_cast<int>(blockIdx.y) * 16, 16, Index{blockIdx.x} * cols, cols);
 }
 
+template <class Math, class G, bool sparse>
+void launch_token_sum_kernel(const Backend& be, const TokenSumPlan& plan,
+                             const TokenSumTask<typename Math::Left, G>& task) {
+  const bool copy_of_x = task.dropout.on() && task.ranks.h.cols != 0;
+  launch(be, "token_sum_kernel", &token_sum_kernel<Math, G, sparse>,
+         dim3(as_grid(plan.blocks), as_grid(ceil_div(task.row_tiles(), 4)), static_cast<unsigned>(plan.chunks)),
+         32 * plan.warps, TokenSumBlock<Math, G, sparse>::shared_bytes(plan.warps, copy_of_x), task);
+}
+
 template <class Math, class G>
 void launch_token_sum(const Backend& be, const TokenSumPlan& plan, TokenSumTask<typename Math::Left, G> task) {
-  using Block = TokenSumBlock<Math, G>;
   using X = typename Math::Left;
-  const Index groups = ceil_div(task.row_tiles(), 4);
-  const bool copy_of_x = task.dropout.on() && task.ranks.h.cols != 0;
   task.chunk = plan.chunk;
   task.chunks = plan.chunks;
-  task.ranks.sparse = task.ranks.sparse && plan.chunk / tile_rows <= selection_units;
-  task.selection_at = static_cast<int>(Block::shared_bytes(plan.warps, copy_of_x));
-  task.tickets = plan.blocks * groups <= ticket_count ? be.tickets : nullptr;
-  launch(be, "token_sum_kernel", &token_sum_kernel<Math, G>,
-         dim3(as_grid(plan.blocks), as_grid(groups), static_cast<unsigned>(plan.chunks)), 32 * plan.warps,
-         Block::shared_bytes(plan.warps, copy_of_x, task.ranks.sparse), task);
+  task.tickets = plan.blocks * ceil_div(task.row_tiles(), 4) <= ticket_count ? be.tickets : nullptr;
+  if (task.ranks.sparse && plan.chunk / tile_rows <= selection_units) {
+    launch_token_sum_kernel<Math, G, true>(be, plan, task);
+  } else {
+    launch_token_sum_kernel<Math, G, false>(be, plan, task);
+  }
   if (plan.chunks > 1 && task.tickets == nullptr) {
     constexpr int cols = 512;
     launch(be, "token_sum_finish_kernel", &token_sum_finish_kernel<X, G>,

@@ -46,7 +46,6 @@ struct TokenSumTask {
   int chunks = 1;
   float* partial = nullptr;     // [chunks, row_tiles() · 16, pitch()]
   unsigned* tickets = nullptr;  // one per block of columns and group of rows; null: nobody adds up
-  int selection_at = 0;         // where the list of tiles lies in shared memory
   LORAMIX_HD constexpr int row_tiles() const { return ranks.steps(); }
   LORAMIX_HD constexpr Index pitch() const { return (x.cols + 7) / 8 * 8; }
 };
@@ -98,7 +97,8 @@ __device__ void add_chunks(const TokenSumTask<X, G>& task, int row, int rows, In
   }
 }
 
-template <class Math, class G>
+/// `sparse`: tiles of tokens are left out (gpu/selection.cuh); a kernel of its own, for registers are what is scarce.
+template <class Math, class G, bool sparse>
 class TokenSumBlock {
   using X = typename Math::Left;
   using Task = TokenSumTask<X, G>;
@@ -107,7 +107,7 @@ class TokenSumBlock {
  public:
   static constexpr int pitch = tile_rows + Math::pad_tokens;
   static constexpr int tile_floats = tile_rows * pitch;
-  static constexpr Index shared_bytes(int warps, bool copy_of_x, bool sparse = false) {
+  static constexpr Index shared_bytes(int warps, bool copy_of_x) {
     return 2 * tile_floats * static_cast<int>(sizeof(float)) +
            warps * (TokenStrip::slots + (copy_of_x ? 1 : 0)) * TokenStrip::slot_bytes + (sparse ? selection_bytes : 0);
   }
@@ -115,11 +115,7 @@ class TokenSumBlock {
   __device__ TokenSumBlock(const Task& task_, unsigned char* shared)
       : task(task_),
         strip(shared + threadIdx.x / 32 * (TokenStrip::slots * TokenStrip::slot_bytes)),
-        copy{shared + blockDim.x * Index{TokenStrip::slots * TokenStrip::slot_bytes} / 32 +
-                 2 * tile_floats * sizeof(float) + threadIdx.x / 32 * TokenStrip::slot_bytes,
-             TokenStrip::chunks},
         ranks(reinterpret_cast<float*>(shared + blockDim.x * Index{TokenStrip::slots * TokenStrip::slot_bytes} / 32)),
-        selected(shared + task_.selection_at),
         column(static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x / 32 * tile_cols)),
         first_tile(static_cast<int>(blockIdx.y) * 4),
         begin(Index{blockIdx.z} * task_.chunk),
@@ -132,16 +128,15 @@ class TokenSumBlock {
   }
 
   __device__ void run() {
-    const int steps = task.ranks.sparse ? select() : (tokens + tile_step - 1) / tile_step;
-    const int tiles = (steps + 3) / 4;
+    const int steps = sparse ? select() : (tokens + tile_step - 1) / tile_step;
     Accumulator acc;
     acc.clear();
     for (int s = 0; s < TokenStrip::ahead; ++s) request(s, steps);
-    if (tiles > 0) fill(0);
+    if (steps > 0) fill(0);
     __syncthreads();
     for (int s = 0; s < steps; ++s) {
       const int tile = s / 4;
-      if (s % 4 == 0 && tile + 1 < tiles) fill(tile + 1);
+      if (s % 4 == 0 && s + 4 < steps) fill(tile + 1);
       __syncwarp();
       request(s + TokenStrip::ahead, steps);
       TokenStrip::wait();
@@ -168,6 +163,7 @@ class TokenSumBlock {
   __device__ int select() const {
     const int tiles = (tokens + tile_rows - 1) / tile_rows, from = first_tile * 16, to = from + all.rows * 16;
     const bool side = to > task.ranks.padded;  // side rows are open everywhere
+    const Listed selected = listed();
     selected.clear(tiles);
     for (int i = static_cast<int>(threadIdx.x); i < tokens; i += static_cast<int>(blockDim.x)) {
       if (side) {
@@ -182,8 +178,16 @@ class TokenSumBlock {
     const bool cut = count > 0 && selected[count - 1] == tiles - 1;  // the last tile may have fewer steps
     return 4 * count - (cut ? (tiles * tile_rows - tokens) / tile_step : 0);
   }
+  /// The tiles, behind those of ranks in shared memory.
+  __device__ Listed listed() const { return Listed(reinterpret_cast<unsigned char*>(ranks + 2 * tile_floats)); }
+  /// This warp's x̂, behind that, where side rows need x as well.
+  __device__ SharedTile<X> copy() const {
+    unsigned char* const all_copies =
+        reinterpret_cast<unsigned char*>(ranks + 2 * tile_floats) + (sparse ? selection_bytes : Index{0});
+    return {all_copies + threadIdx.x / 32 * TokenStrip::slot_bytes, TokenStrip::chunks};
+  }
   /// The first token of the i-th tile, in the chunk.
-  __device__ int token_of(int i) const { return (task.ranks.sparse ? selected[i] : i) * tile_rows; }
+  __device__ int token_of(int i) const { return (sparse ? listed()[i] : i) * tile_rows; }
 
   __device__ void request(int s, int steps) const {
     if (s < steps && column < task.x.cols) {
@@ -199,7 +203,7 @@ class TokenSumBlock {
   }
 
   __device__ void multiply(Accumulator& acc, int s, const float* values) const {
-    const SharedTile<X> raw = strip.tile(s), dropped{apart ? copy.base : raw.base, TokenStrip::chunks};
+    const SharedTile<X> raw = strip.tile(s), dropped = apart ? copy() : raw;
     if (masked) drop(raw, dropped, begin + token_of(s / 4) + s % 4 * tile_step);
     Extent some;
     some.rows = of_ranks;
@@ -251,24 +255,22 @@ class TokenSumBlock {
 
   const Task& task;
   const TokenStrip strip;
-  const SharedTile<X> copy;  // x̂ where side rows need x as well
-  float* const ranks;        // two tiles [64 tokens, pitch]
-  const Listed selected;     // tiles of tokens
+  float* const ranks;  // two tiles [64 tokens, pitch]
   const Lane lane;
   const int column;      // of this warp
   const int first_tile;  // of 16 rows
-  const Index begin;     // the chunk's first token
+  const Index begin;     // the chunk\'s first token
   const int tokens;
   Extent all;
   int of_ranks;  // 16-row tiles of ranks, before those of side rows
   bool masked, apart;
 };
 
-template <class Math, class G>
+template <class Math, class G, bool sparse>
 __global__ void __launch_bounds__(32 * Math::token_warps, 1)
     token_sum_kernel(const __grid_constant__ TokenSumTask<typename Math::Left, G> task) {
   extern __shared__ __align__(128) unsigned char shared_memory[];
-  TokenSumBlock<Math, G>(task, shared_memory).run();
+  TokenSumBlock<Math, G, sparse>(task, shared_memory).run();
 }
 
 }  // namespace detail
