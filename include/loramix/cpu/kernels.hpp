@@ -119,6 +119,7 @@ struct NoHint {
 /// tile += a · panel. `hint(k)` comes before each step: prefetches.
 template <int M, int N, class A, class B, class Hint = NoHint>
 [[gnu::always_inline]] inline void outer(Index depth, const A& a, const B& panel, Tile<M, N>& tile, Hint&& hint = {}) {
+#pragma GCC unroll 4
   for (Index k = 0; k < depth; ++k) {
     hint(k);
     const auto* const row = panel.row(k);

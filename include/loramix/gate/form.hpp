@@ -171,10 +171,10 @@ class GateRow {
   LORAMIX_HD bool covered() const { return covered_; }
 
   // One slot each; 1 (everything) where the slot is absent.
-  LORAMIX_HD Index limit() const { return form_.prefix.data == nullptr ? form_.ranks : Index{form_.prefix[prefix_row_]}; }
-  LORAMIX_HD bool in_subset(Index j) const {
-    return form_.subset.data == nullptr || form_.subset(subset_row_, j) != 0;
+  LORAMIX_HD Index limit() const {
+    return form_.prefix.data == nullptr ? form_.ranks : Index{form_.prefix[prefix_row_]};
   }
+  LORAMIX_HD bool in_subset(Index j) const { return form_.subset.data == nullptr || form_.subset(subset_row_, j) != 0; }
   LORAMIX_HD Acc id_weight(Index k) const {
     return form_.id_weights.data == nullptr ? Acc(1) : Acc(form_.id_weights(id_row_, k));
   }
