@@ -130,10 +130,6 @@ void run_spread(const Backend<E>& be, const Spread<Y, W, M>& spread, MatrixView<
     spread.run_packed(cut.begin(chunk), cut.count(chunk, tokens), c, smaller(sweep, columns - c), scratch.row(lane));
   });
 }
-template <class Y, class W, Major M>
-Index spread_scratch(const Tuning& tuning, Index ranks) {
-  return Spread<Y, W, M>::scratch(ranks, Spread<Y, W, M>::sweep_of(tuning, ranks));
-}
 
 /// Runs a TokenSum over all of its output.
 template <class E, class X, class G, Major M>
