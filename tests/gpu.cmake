@@ -6,7 +6,10 @@ if(NOT LORAMIX_CUDA OR NOT sources)
 endif()
 
 # The adapters of the suite: on the device here, on the host in suite.cmake's parts, there also as Tracked.
-loramix_parts(parts device_parts gpu/suite_part.cu.in)
+foreach(stored IN ITEMS float32 bfloat16 float16)
+  loramix_parts(parts_${stored} device_parts gpu/suite_part.cu.in ${stored})
+  list(APPEND parts ${parts_${stored}})
+endforeach()
 loramix_parts(tracked_parts suite_parts suite/part.cpp.in Tracked)
 add_executable(test_gpu ${sources} ${parts} ${tracked_parts})
 target_link_libraries(test_gpu PRIVATE loramix_test_main loramix_test_support loramix_suite_float loramix_test_kernels loramix_adapters loramix::gpu

@@ -9,6 +9,7 @@
 
 namespace loramix_test {
 
+/// Values are exact in every storage type of the suite.
 struct DeviceStep {
   std::int64_t tokens = 0, rows = 0;  // of x, of y
   std::vector<float> parameters, x, dy;
@@ -29,6 +30,9 @@ struct DeviceResults {
   bool clean = false;
 };
 
+/// What parameters, x, y and their like are stored as on the device.
+enum class Stored { float32, bfloat16, float16 };
+
 /// How to run an adapter in one form; parts as in suite/subject.hpp, those of the list that have a device.
 struct DeviceRun {
   std::string name;
@@ -36,7 +40,7 @@ struct DeviceRun {
   std::size_t form;
 };
 inline constexpr std::size_t device_parts = 4;
-template <std::size_t Part>
+template <Stored S, std::size_t Part>
 std::vector<DeviceRun> device_part();
 
 }  // namespace loramix_test

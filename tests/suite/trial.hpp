@@ -16,11 +16,12 @@
 
 namespace loramix_test {
 
-/// Uniform numbers in (−1, 1), exact in every scalar of the suite.
+/// Uniform numbers in [−1, 1), exact in every scalar of the suite; with 8 bits also in bfloat16 and half.
 class Uniform {
  public:
-  explicit Uniform(std::uint64_t site) : engine_(seed(site)) {}
-  double operator()() { return static_cast<double>(engine_() >> 41) * 0x1p-22 - 1; }
+  explicit Uniform(std::uint64_t site, int bits = 23)
+      : engine_(seed(site)), shift_(64 - bits), step_(std::ldexp(1, 1 - bits)) {}
+  double operator()() { return static_cast<double>(engine_() >> shift_) * step_ - 1; }
   template <class T>
   void fill(T* values, Index n, double size = 1) {
     for (Index i = 0; i < n; ++i) values[i] = static_cast<T>(size * (*this)());
@@ -28,6 +29,8 @@ class Uniform {
 
  private:
   std::mt19937_64 engine_;
+  int shift_;
+  double step_;
 };
 
 /// Memory for arenas, full of NaN, with one byte behind that nobody may touch. It begins `shift` bytes behind a multiple of
@@ -68,8 +71,8 @@ template <class T>
 struct Trial {
   static constexpr lm::Key key{.seed = 5, .site = lm::site("module"), .step = 3, .first_token = 100};
 
-  Trial(const Maker<T>& make, Index tokens_, std::uint64_t site = 0, bool labelled = true)
-      : uniform(site), subject(make()), told(tokens_, labelled), tokens(tokens_) {
+  Trial(const Maker<T>& make, Index tokens_, std::uint64_t site = 0, bool labelled = true, int bits = 23)
+      : uniform(site, bits), subject(make()), told(tokens_, labelled), tokens(tokens_) {
     for (const Tensor<T>& w : subject->frozen()) uniform.fill(w.data, w.size());
     subject->start(1);
     for (const Tensor<T>& p : subject->parameters()) uniform.fill(p.data, p.size());
