@@ -55,8 +55,8 @@ struct PanelContraction {
   struct Jobs {
     Index ranks, rank_jobs, tokens, token_jobs;
     Jobs(Index all_tokens, Index all_ranks, Index lanes) {
-      constexpr Index few = 512, wide = RegisterTile::wide * width;
-      const Index parts = all_tokens <= few ? lanes : 1;
+      constexpr Index few = 512, wide = RegisterTile::wide * width, least = 2 * width;
+      const Index parts = all_tokens <= few ? larger(1, smaller(lanes, all_ranks / least)) : 1;
       ranks = smaller(most_ranks, round_up(blocks_of(all_ranks, parts), parts == 1 ? wide : width));
       ranks = larger(width, smaller(ranks, round_up(all_ranks, width)));
       rank_jobs = blocks_of(all_ranks, ranks);
@@ -68,9 +68,15 @@ struct PanelContraction {
     Index count() const { return rank_jobs * token_jobs; }
   };
 
+  /// The ranks of the largest job, and the columns of a sweep.
+  static Index ranks_of(Index ranks) { return smaller(most_ranks, round_up(ranks, width)); }
+  static Index sweep_of(const Tuning& tuning, Index ranks, Index depth) {
+    return packed_sweep_of(tuning, ranks_of(ranks), depth);
+  }
+
   /// Floats of a lane for any number of tokens up to this.
   static Index scratch(const Tuning& tuning, Index tokens, Index ranks, Index depth, bool direct) {
-    const Index columns = pitch(smaller(sweep_of(tuning), depth)), most = smaller(most_ranks, round_up(ranks, width));
+    const Index columns = pitch(sweep_of(tuning, ranks, depth)), most = ranks_of(ranks);
     const Index sums = smaller(most * round_up(tokens, group), most_sums);
     return sums + most * columns + (direct ? 0 : group * pitch(converted));
   }

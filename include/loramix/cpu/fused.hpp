@@ -86,8 +86,10 @@ struct Contraction {
       if (by_dots(be.tuning, tokens))
         return run_dots(be, DotContraction<X, W>{x, w, sweep_of(be.tuning), scale, out}, lanes);
     }
-    const PanelContraction<X, W, M> contraction{x, {w, second}, sweep_of(be.tuning), scale, out, second_out};
-    const typename PanelContraction<X, W, M>::Jobs jobs(tokens, contraction.w.ranks(), be.lanes());
+    using Panels = PanelContraction<X, W, M>;
+    const Stacked<W, M> both{w, second};
+    const Panels contraction{x, both, Panels::sweep_of(be.tuning, both.ranks(), w.cols), scale, out, second_out};
+    const typename Panels::Jobs jobs(tokens, both.ranks(), be.lanes());
     be.run(jobs.count(), [&](Index job, Index lane) { contraction.run(jobs, job, lanes.row(lane)); });
   }
 
@@ -121,13 +123,14 @@ void run_spread(const Backend<E>& be, const Spread<Y, W, M>& spread, MatrixView<
       return;
     }
   }
-  const Index sweep = spread.sweep_of(be.tuning, spread.ranks());
-  const Index blocks = blocks_of(columns, sweep), lanes = be.lanes();
-  // Every job copies its weights: few jobs, but enough of them for all lanes.
-  const Cut cut(tokens, lanes == 1 ? 1 : blocks_of(4 * lanes, blocks), tokens, spread.rows);
-  be.run(blocks * cut.jobs, [&](Index i, Index lane) {
-    const Index c = i % blocks * sweep, chunk = i / blocks;
-    spread.run_packed(cut.begin(chunk), cut.count(chunk, tokens), c, smaller(sweep, columns - c), scratch.row(lane));
+  // Every job copies its weights: no more jobs than keep all lanes busy, and no shorter rows than a sweep's.
+  const Index sweep = packed_sweep_of(be.tuning, spread.ranks(), columns), lanes = be.lanes();
+  const Cut blocks(columns, blocks_of(columns, sweep) >= lanes ? lanes : 1, sweep, spread.panel);
+  const Cut chunks(tokens, blocks_of(lanes, blocks.jobs), tokens, spread.rows);
+  be.run(blocks.jobs * chunks.jobs, [&](Index i, Index lane) {
+    const Index block = i % blocks.jobs, chunk = i / blocks.jobs;
+    spread.run_packed(chunks.begin(chunk), chunks.count(chunk, tokens), blocks.begin(block),
+                      blocks.count(block, columns), scratch.row(lane));
   });
 }
 
@@ -135,13 +138,12 @@ void run_spread(const Backend<E>& be, const Spread<Y, W, M>& spread, MatrixView<
 template <class E, class X, class G, Major M>
 void run_token_sum(const Backend<E>& be, const TokenSum<X, G, M>& sum, MatrixView<float> scratch) {
   if (sum.out.data == nullptr || sum.out.empty()) return;
-  const Cut columns(sum.out.cols, be.lanes(), sum.sweep, 1), ranks(sum.ranks(), 1, sum.ranks_of_job, sum.rows);
-  // Jobs begin at multiples of whole panels, and of 8 columns.
-  const Index wide = smaller(sum.sweep, round_up(columns.size, 24 * width));
-  const Index blocks = blocks_of(sum.out.cols, wide);
-  be.run(blocks * ranks.jobs, [&](Index i, Index lane) {
-    const Index c = i % blocks * wide, r = i / blocks;
-    sum.run(ranks.begin(r), ranks.count(r, sum.ranks()), c, smaller(wide, sum.out.cols - c), scratch.row(lane));
+  const Cut columns(sum.out.cols, be.lanes(), sum.sweep(), sum.panels),
+      ranks(sum.ranks(), 1, sum.ranks_of_job, sum.rows);
+  be.run(columns.jobs * ranks.jobs, [&](Index i, Index lane) {
+    const Index c = i % columns.jobs, r = i / columns.jobs;
+    sum.run(ranks.begin(r), ranks.count(r, sum.ranks()), columns.begin(c), columns.count(c, sum.out.cols),
+            scratch.row(lane));
   });
 }
 
@@ -190,7 +192,7 @@ void run_grouped(const Backend<E>& be, const GroupedSpread<Y, W, M>& spread, Mat
   const Selection& s = *spread.selection;
   const Index tokens = spread.all.y.rows, columns = spread.all.y.cols;
   const bool natural = M == Major::row && class_of(be.tuning, tokens) != TokenClass::many;
-  const Index sweep = Spread<Y, W, M>::sweep_of(be.tuning, spread.all.ranks());
+  const Index sweep = smaller(sweep_of(be.tuning), packed_sweep_of(be.tuning, spread.all.ranks(), columns));
   const Index lanes_used = be.lanes();
   const Index wide = natural ? smaller(sweep, round_up(blocks_of(columns, lanes_used), column_panel)) : sweep;
   const Index blocks = blocks_of(columns, wide);
@@ -272,8 +274,10 @@ struct FusedShrinkBackward {
       : grouped(op.select.tokens != 0 && is_grouped(be.tuning, op.select, op.A.rows)),
         together(!grouped && !op.dropout.on() && op.A.rows != 0 && op.dA.data != nullptr && op.dside.data != nullptr) {
     const bool direct = std::is_same_v<X, float> && !op.dropout.on();
-    const Index ranks = op.A.rows + op.side.rows, sweep = Back::sweep_of(be.tuning, ranks);
-    Index floats = larger(Sum::scratch(ranks, be.tuning.tokens_per_sum, direct), Back::scratch(ranks, sweep));
+    const Index ranks = op.A.rows + op.side.rows, sweep = packed_sweep_of(be.tuning, ranks, op.A.cols);
+    Index floats = Back::scratch(ranks, sweep);
+    for (const Index n : {ranks, op.A.rows}) floats = larger(floats, Sum::scratch(be.tuning, n, op.A.cols, direct));
+    floats = larger(floats, Sum::scratch(be.tuning, op.side.rows, op.A.cols, std::is_same_v<X, float>));
     if (grouped) {
       selection = Selection(arena, op.select);
       floats = larger(floats,
@@ -284,18 +288,17 @@ struct FusedShrinkBackward {
 
   template <class E, class Op>
   void run(const Backend<E>& be, const Op& op) const {
-    const Index step = be.tuning.tokens_per_sum;
     const Input<X> dropped{op.x, op.dropout};
     const Back back{{op.du, op.A}, {op.dh, op.side}, op.dropout, 1.f, op.input, op.dx};
     if (grouped) selection.build(be);
     if (together) {
-      run_token_sum(be, Sum{op.du, dropped, 1.f, op.parameters, op.dA, step, op.dh, op.dside}, lanes);
+      run_token_sum(be, Sum{op.du, dropped, 1.f, op.parameters, op.dA, be.tuning, op.dh, op.dside}, lanes);
     } else {
       if (grouped)
         run_grouped(be, GroupedSum{op.du, dropped, 1.f, op.parameters, op.dA, &selection}, lanes);
       else
-        run_token_sum(be, Sum{op.du, dropped, 1.f, op.parameters, op.dA, step}, lanes);
-      run_token_sum(be, Sum{op.dh, {op.x}, 1.f, op.parameters, op.dside, step}, lanes);
+        run_token_sum(be, Sum{op.du, dropped, 1.f, op.parameters, op.dA, be.tuning}, lanes);
+      run_token_sum(be, Sum{op.dh, {op.x}, 1.f, op.parameters, op.dside, be.tuning}, lanes);
     }
     if (op.dx.data == nullptr || op.dx.empty()) return;
     if (grouped)
@@ -331,7 +334,7 @@ struct FusedExpand {
       : grouped(is_grouped(be.tuning, op.gate, op.u.cols)),
         gated(arena.matrix<float>(op.u.rows, op.B.cols)),
         idle(carve_idle(arena, op)) {
-    const Index sweep = Out::sweep_of(be.tuning, op.B.cols);
+    const Index sweep = packed_sweep_of(be.tuning, op.B.cols, op.B.rows);
     if (grouped) selection = Selection(arena, op.gate);
     lanes =
         carve_lanes(arena, be.lanes(), larger(Out::scratch(op.B.cols, sweep), GroupedOut::scratch(op.B.cols, sweep)));
@@ -369,8 +372,7 @@ struct FusedExpandBackward {
         dut(arena.matrix<float>(op.u.rows, op.B.cols)),
         by_token(loramix::detail::carve_contributions<float>(arena, op.gate, op.dgate)) {
     constexpr bool direct = std::is_same_v<Y, float>;
-    Index floats =
-        larger(ranks.scratch(be, op.u.rows, direct), Sum::scratch(op.B.cols, be.tuning.tokens_per_sum, direct));
+    Index floats = larger(ranks.scratch(be, op.u.rows, direct), Sum::scratch(be.tuning, op.B.cols, op.B.rows, direct));
     if (grouped) {
       selection = Selection(arena, op.gate);
       floats = larger(
@@ -408,7 +410,7 @@ struct FusedExpandBackward {
     if (grouped)
       run_grouped(be, GroupedSum{left, dy, op.scale, op.parameters, op.dB.transposed(), &selection}, lanes);
     else
-      run_token_sum(be, Sum{left, dy, op.scale, op.parameters, op.dB.transposed(), be.tuning.tokens_per_sum}, lanes);
+      run_token_sum(be, Sum{left, dy, op.scale, op.parameters, op.dB.transposed(), be.tuning}, lanes);
   }
 };
 

@@ -346,7 +346,7 @@ struct GroupedTokenSum {
   static constexpr int packets = RegisterTile::sum_packets;
   static constexpr int rows = RegisterTile::sum_rows;
   static constexpr Index panel = packets * width;
-  static constexpr Index sweep = TokenSum<X, G, M>::sweep;
+  static constexpr Index sweep = 1008;  // columns of a job: a multiple of every panel, and of 8
   static constexpr Index ranks_of_job = 128;
 
   /// Chunks whose tokens are added together.

@@ -40,10 +40,6 @@ struct Spread {
 
   Index ranks() const { return first.w.rows + second.w.rows; }
 
-  /// Columns of one sweep of T > 64: as many as keep the weights in L2.
-  static Index sweep_of(const Tuning& tuning, Index ranks) {
-    return larger(panel, smaller(detail::sweep_of(tuning), tuning.weights / larger(1, ranks)) / panel * panel);
-  }
   static Index scratch(Index ranks, Index sweep) { return elements(ranks, sweep) + mask_values(sweep); }
 
   /// Tokens [t0, t0 + n) × columns [c0, c0 + columns), at most one sweep.
@@ -73,18 +69,35 @@ struct Spread {
     if (second.w.rows != 0) {
       outer(second.w.rows, Rows3<T>(second.left.row(t), second.left.stride), Panel<Weight>{w2, step2}, sum);
     }
-    const auto write = [&](int i, int j, Packet v) {
-      Y* const to = y.row(t + i) + c + j * width;
-      const Index left = n - j * width;
-      if (left >= width) {
-        store(to, into == Into::add ? add(load(to), v) : v);
-      } else if (left > 0) {
-        store_part(to, into == Into::add ? add(load_part(to, left), v) : v, left);
-      }
+    if (n == N * width) return whole(t, c, sum);
+    float block[T * N * width];
+    sum.store_to(block, N * width);
+    for (int i = 0; i < T; ++i) part(t + i, c, n, block + i * N * width);
+  }
+  /// Adds a tile to y, or assigns it.
+  template <int T, int N>
+  [[gnu::always_inline]] void whole(Index t, Index c, const Tile<T, N>& sum) const {
+    Y* const to = y.row(t) + c;
+    const Index stride = y.stride;
+    const std::uint8_t* const skip = idle == nullptr ? nullptr : idle + t;
+    const auto write = [&](const auto& f) __attribute__((always_inline)) {
+      unroll<T>([&](auto i) {
+        if (skip != nullptr && skip[i] != 0) return;
+        unroll<N>([&](auto j) { f(to + i * stride + j * width, sum.c[i][j]); });
+      });
     };
-    if (idle == nullptr) return sum.each(write);
-    sum.each([&](int i, int j, Packet v) {
-      if (idle[t + i] == 0) write(i, j, v);
+    if (into == Into::add)
+      write([](Y* p, Packet v) { store(p, add(load(p), v)); });
+    else
+      write([](Y* p, Packet v) { store(p, v); });
+  }
+  /// Adds a row of n columns to y, or assigns it.
+  [[gnu::noinline]] void part(Index t, Index c, Index n, const float* row) const {
+    if (idle != nullptr && idle[t] != 0) return;
+    Y* const to = y.row(t) + c;
+    over_packets(n, [&](Index j, auto lanes) {
+      const Packet v = load(row + j);
+      lanes.store(to + j, into == Into::add ? add(lanes.load(to + j), v) : v);
     });
   }
 };

@@ -24,7 +24,7 @@ struct TokenSum {
   float scale;
   Into into;
   MatrixView<G, Space::host, M> out;  // [R, d]
-  Index tokens_per_sum;
+  Tuning tuning;
   // Sums over the same x̂ in the same pass, their ranks behind the others.
   MatrixView<const float> second_left{};   // [T, n]
   MatrixView<G, Space::host, M> second{};  // [n, d]
@@ -34,14 +34,27 @@ struct TokenSum {
   static constexpr int packets = RegisterTile::sum_packets;
   static constexpr int rows = RegisterTile::sum_rows;
   static constexpr Index panel = packets * width;  // columns
-  static constexpr Index sweep = 1008;             // columns of a job: a multiple of every panel, and of 8
+  static constexpr Index panels = 2 * panel;       // a multiple of 8 columns too
   static constexpr Index ranks_of_job = 160;
   static constexpr Index few_ranks = 32;  // up to here x is read where it lies
 
-  static Index scratch(Index ranks, Index tokens_per_sum, bool direct) {
-    const Index block = direct ? panel : sweep + 8 * width, most = round_up(smaller(ranks, ranks_of_job), rows);
-    return most * sweep + tokens_per_sum * (block + most);
+  static Index ranks_of(Index ranks) { return round_up(smaller(ranks, ranks_of_job), rows); }
+  /// Columns of a job: as many as keep its sums in L2, and of what is copied those of a page.
+  static Index sweep_of(const Tuning& tuning, Index ranks, Index columns, bool direct) {
+    const Index sums = tuning.weights / larger(1, ranks_of(ranks));
+    const Index most = direct && ranks <= few_ranks ? sums : smaller(sums, 1024);
+    return larger(1, smaller(most, round_up(columns, panels)) / panels) * panels;
   }
+  /// Tokens whose products are added up in registers. Rows of x that are read where they lie share few sets of L1.
+  static Index tokens_of(const Tuning& tuning, Index ranks) {
+    return ranks > few_ranks ? tuning.tokens_per_sum : larger(1, tuning.tokens_per_sum / 2);
+  }
+  static Index scratch(const Tuning& tuning, Index ranks, Index columns, bool direct) {
+    const Index sweep = sweep_of(tuning, ranks, columns, direct);
+    const Index block = direct ? panel : sweep + 8 * width, most = ranks_of(ranks);
+    return most * sweep + tuning.tokens_per_sum * (block + most);
+  }
+  Index sweep() const { return sweep_of(tuning, ranks(), out.cols, x.direct()); }
 
   /// Ranks [r0, r0 + ranks) × columns [c0, c0 + columns), at most one job's.
   void run(Index r0, Index ranks, Index c0, Index columns, float* scratch) const;
@@ -60,6 +73,10 @@ struct TokenSum {
   void copy(Index t, Index n, Index c, Index wide, float* block) const {
     for (Index i = 0; i < n; ++i, block += panel) {
       const X* const from = x.rows.row(t + i) + c;
+      if (wide == panel) {
+        unroll<packets>([&](auto j) { store(block + j * width, load(from + j * width)); });
+        continue;
+      }
       for (Index j = 0; j < panel; j += width) {
         const Index rest = wide - j;
         store(block + j, rest >= width ? load(from + j) : rest > 0 ? load_part(from + j, rest) : splat(0));
@@ -80,25 +97,26 @@ struct TokenSum {
 
   template <int R, int N>
   [[gnu::flatten, gnu::noinline]] void tile(Index t, Index n, Index r, Index c, Index wide, const float* left_of,
-                                            const float* from, Index step, float* sums, RowWalk<X>& next) const {
+                                            const float* from, Index step, float* sums, Index sums_stride) const {
     Tile<R, N> sum;
     if (t == 0)
       sum.clear();
     else
-      sum.load_from(sums, sweep);
-    RowWalk<X> walk = next;
-    outer(n, Columns{left_of, rows}, Panel<float>{from, step}, sum, [&](Index k) { walk.template step<1>(k); });
-    next = walk;
+      sum.load_from(sums, sums_stride);
+    outer(n, Columns{left_of, rows}, Panel<float>{from, step}, sum);
     if (t + n < left.rows) {
-      sum.store_to(sums, sweep);
+      sum.store_to(sums, sums_stride);
       return;
     }
     const Packet factor = splat(scale);
     if constexpr (M == Major::row && std::is_same_v<G, float>) {
       if (wide == N * width) {
-        sum.each([&](int i, int j, Packet v) {
-          float* const to = &at(r + i, c + j * width);
-          store(to, into == Into::add ? fma(factor, v, load(to)) : mul(factor, v));
+        unroll<R>([&](auto i) {
+          float* const row = &at(r + i, c);
+          unroll<N>([&](auto j) {
+            float* const to = row + j * width;
+            store(to, into == Into::add ? fma(factor, sum.c[i][j], load(to)) : mul(factor, sum.c[i][j]));
+          });
         });
         return;
       }
@@ -116,15 +134,13 @@ struct TokenSum {
 
 template <class X, class G, Major M>
 void TokenSum<X, G, M>::run(Index r0, Index ranks, Index c0, Index columns, float* scratch) const {
-  const Index tokens = left.rows, step = tokens_per_sum;
-  float* const lefts = scratch + round_up(ranks, rows) * sweep;
+  const Index tokens = left.rows, step = tokens_of(tuning, ranks), stride = sweep();
+  float* const lefts = scratch + round_up(ranks, rows) * stride;
   float* const block = lefts + round_up(ranks, rows) * step;
   for (Index t = 0; t == 0 || t < tokens; t += step) {
     const Index n = smaller(step, tokens - t);
     for (Index r = 0; r < ranks; r += rows) gather(t, n, r0 + r, smaller(rows, ranks - r), lefts + r * n);
     if (!x.direct()) convert(t, n, c0, columns, block);
-    const Index behind = smaller(step, tokens - t - n);  // tokens of the next tile
-    RowWalk<X> next{x.rows.data + (t + n) * x.rows.stride + c0, x.rows.stride, x.direct() ? behind : 0, columns};
     for (Index c = 0; c < columns; c += panel) {
       const Index wide = smaller(panel, columns - c);
       const float* from = block + (x.direct() ? 0 : c / panel * n * panel);
@@ -139,7 +155,7 @@ void TokenSum<X, G, M>::run(Index r0, Index ranks, Index c0, Index columns, floa
       }
       in_steps<rows>(ranks, [&](auto m, Index r) {
         tile<m, packets>(t, n, r0 + r, c0 + c, wide, lefts + r / rows * rows * n + r % rows, from, from_step,
-                         scratch + r * sweep + c, next);
+                         scratch + r * stride + c, stride);
       });
     }
   }

@@ -38,9 +38,9 @@ struct Tuning {
   Path path = Path::automatic;
   Order order = Order::by_class;
   Grouping grouping = Grouping::automatic;
-  Index sweep = 1024;          // columns of x or y in one sweep over the tokens: a page of float, for fewer page walks
-  Index weights = 128 * 1024;  // values of a block of weights that stay in L2 during a sweep
-  Index tokens_per_sum = 48;   // tokens added to dA, dB before their sums leave the registers
+  Index sweep = 1024;            // columns of x or y in one sweep over the tokens, where weights are read as they lie
+  Index weights = 128 * 1024;    // values of a block of packed weights, which stays in L2 during its sweep
+  Index tokens_per_sum = 48;     // tokens added to dA, dB before their sums leave the registers
   Index serial_bytes = 1 << 17;  // T ≤ 4: weights below which other threads are not worth waking
 };
 
@@ -68,6 +68,10 @@ constexpr TokenClass class_of(const Tuning& tuning, Index tokens) {
 
 /// Columns of a sweep: whole packets, whole blocks of dropout.
 constexpr Index sweep_of(const Tuning& tuning) { return larger(64, tuning.sweep / 64 * 64); }
+/// Columns of a sweep on packed weights [ranks, columns]: rows of x and y are gone along as far as the weights stay in L2.
+constexpr Index packed_sweep_of(const Tuning& tuning, Index ranks, Index columns) {
+  return larger(64, smaller(tuning.weights / larger(1, ranks) / 64, blocks_of(columns, 64)) * 64);
+}
 
 /// The cost model of grouping: computing the open ranks only runs at about half the speed of a dense product, for its tiles
 /// are smaller and its rows lie apart; it pays where at most half of the ranks of more than a packet or two are open.
