@@ -1,6 +1,8 @@
 // Adapters on tiles for bfloat16: the same bits whatever the threads and the batch. Not run where the machine has none.
 #include <loramix/cpu/amx.hpp>
 
+#include <cmath>
+
 #include <loramix/adapter/mola.hpp>
 #include <loramix/core/thread_pool.hpp>
 
@@ -21,9 +23,9 @@ struct Step {
   std::vector<float> gradient;
 };
 template <class Backend>
-Step step(const Backend& be, Index tokens, double dropout) {
+Step step(const Backend& be, Index tokens, double dropout, Index d_in = 151, Index d_out = 133, Index rank = 11) {
   using A = lm::Mola<lm::Precision<lm::bfloat16, lm::bfloat16>>;
-  Batch<A> b({.d_in = 151, .d_out = 133, .experts = 4, .rank = 11, .alpha = 3, .dropout = dropout}, tokens);
+  Batch<A> b({.d_in = d_in, .d_out = d_out, .experts = 4, .rank = rank, .alpha = 3, .dropout = dropout}, tokens);
   Step out{b.zeros_y(), b.zeros_dx(), {}};
   auto grad = lm::zeros_like(b.adapter);
   lm::Buffer<std::byte> work(lm::workspace_bytes(be, b.adapter, tokens, lm::Pass::backward)),
@@ -54,6 +56,21 @@ TEST_CASE("tiles are taken by many tokens, and where they are granted") {
   CHECK(same_bits(with.y, packets.y));
   CHECK(same_bits(with.dx, packets.dx));
   CHECK(with.gradient == packets.gradient);
+}
+
+TEST_CASE("tiles: more tokens, columns and ranks than one job or one chunk holds, against packets") {
+  if (!has_tiles()) return;
+  for (const double dropout : {0.0, 0.5}) {
+    const Step tiles = step(cpu::AmxBackend{}, 600, dropout, 617, 1098, 70);
+    const Step packets = step(cpu::Backend{}, 600, dropout, 617, 1098, 70);
+    double difference = 0, size = 0;
+    for (std::size_t i = 0; i < packets.gradient.size(); ++i) {
+      difference += std::pow(static_cast<double>(tiles.gradient[i]) - static_cast<double>(packets.gradient[i]), 2);
+      size += std::pow(static_cast<double>(packets.gradient[i]), 2);
+    }
+    CHECK(size > 0);
+    CHECK(difference <= 0x1p-14 * size);  // each loses at most 2⁻⁸ in storage; a chunk or job left out loses far more
+  }
 }
 
 TEST_CASE("tiles: the same bits for 1, 2 and 3 threads") {

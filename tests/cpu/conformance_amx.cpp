@@ -11,7 +11,7 @@ namespace {
 class AmxHarness : public CpuHarness<lm::SerialExecutor, lm::cpu::AmxBackend<>> {
  public:
   using CpuHarness::CpuHarness;
-  static constexpr double spread_units = 0x1p-18 / 0x1p-24;
+  static constexpr double split_units = 0x1p-17 / 0x1p-24;
 };
 
 }  // namespace

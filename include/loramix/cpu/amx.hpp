@@ -1,16 +1,16 @@
-/// The matrix tiles of some x86 processors (AMX) for bfloat16: shrink, expand and the two products of backward that are
-/// like them. Opt-in: include this header and ask for the tiles once per process,
+/// The matrix tiles of some x86 processors (AMX) for bfloat16: shrink, expand and their backward. Opt-in: include this
+/// header and ask for the tiles once per process,
 ///
 ///     if (lm::cpu::request_amx()) …                             // false: the machine or its kernel has none
 ///     lm::cpu::AmxBackend be{executor};                         // where it is false: what lm::cpu::Backend does
 ///
 /// Computes:    the products of ops/shrink.hpp and ops/expand.hpp with bfloat16 activations and weights, B rank-major, T > 64,
-///              but for the sums over tokens dA and dB; everything else is cpu::Backend's. What leaves rank space is split
-///              into two bfloat16 parts: 2⁻¹⁸ of it is lost (storing y loses 2⁻⁹ of y).
+///              all ranks of a gate that chooses experts; everything else is cpu::Backend's. Values of rank space are split
+///              into two bfloat16 parts: 2⁻¹⁷ of them is lost (storing y loses 2⁻⁹ of y).
 /// Reads:       as the ops.
 /// Writes:      as the ops.
 /// Errors:      the ops'. request_amx() fails on nothing: it says no.
-/// Cost:        weights and ranks are padded to 32; expand does its multiply-adds twice.
+/// Cost:        weights and ranks are padded to 32; expand (above 16 ranks) and sums over tokens multiply twice.
 /// Determinism: as cpu/tuning.hpp; bits differ from the packet path's.
 /// Example:     tests/cpu/amx.cpp
 #pragma once
@@ -119,47 +119,110 @@ struct TileBlock {
   }
 };
 
+/// A row of 16 pairs: even[0], odd[0], even[1], odd[1], …
+struct PairOfRows {
+  typedef std::uint16_t Row __attribute__((vector_size(64)));
+  Row low, high;  // of columns [0, 16) and [16, 32)
+
+  [[gnu::always_inline]] PairOfRows(const bfloat16* even, const bfloat16* odd) {
+    Row a, b;
+    std::memcpy(&a, even, sizeof(a));
+    std::memcpy(&b, odd, sizeof(b));
+    low = __builtin_shufflevector(a, b, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42,
+                                  11, 43, 12, 44, 13, 45, 14, 46, 15, 47);
+    high = __builtin_shufflevector(a, b, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57,
+                                   26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63);
+  }
+  /// Row j of two tiles, one behind the other.
+  [[gnu::always_inline]] void store(Index j, bfloat16* tiles) const {
+    std::memcpy(static_cast<void*>(tiles + j * 32), &low, sizeof(low));
+    std::memcpy(static_cast<void*>(tiles + 512 + j * 32), &high, sizeof(high));
+  }
+};
+
+/// A block of 32 rows × 32 columns, with zeros outside of w.
+inline void copy_block(MatrixView<const bfloat16> w, Index r, Index c, bfloat16 (&block)[32][32]) {
+  for (Index i = 0; i < 32; ++i) {
+    for (Index j = 0; j < 32; ++j) {
+      block[i][j] = r + i < w.rows && c + j < w.cols ? w(r + i, c + j) : bfloat16{0};
+    }
+  }
+}
+
 /// Two tiles of W for ranks [r, r + 32) × columns [k, k + 32), in pairs of columns: to[tile][k / 2][rank][2].
 inline void pack_tiles(MatrixView<const bfloat16> w, Index r, Index k, bfloat16* to) {
-  if (r + 32 <= w.rows && k + 32 <= w.cols) {
-    for (Index i = 0; i < 32; ++i) {
-      bfloat16* const column = to + i / 16 * 512 + 2 * (i % 16);
-      const bfloat16* const from = w.row(r + i) + k;
-      for (Index j = 0; j < 16; ++j) std::memcpy(static_cast<void*>(column + j * 32), from + 2 * j, 4);
-    }
-    return;
-  }
-  for (Index tile = 0; tile < 2; ++tile) {
-    for (Index i = 0; i < 16; ++i) {
-      const Index rank = r + 16 * tile + i;
-      for (Index j = 0; j < 32; ++j) {
-        const bool inside = rank < w.rows && k + j < w.cols;
-        to[tile * 512 + j / 2 * 32 + 2 * i + j % 2] = inside ? w(rank, k + j) : bfloat16{0};
+  bfloat16 block[32][32];
+  const bool inside = r + 32 <= w.rows && k + 32 <= w.cols;
+  if (!inside) copy_block(w, r, k, block);
+  const bfloat16* const from = inside ? &w(r, k) : block[0];
+  const Index stride = inside ? w.stride : 32;
+  for (Index tile = 0; tile < 2; ++tile, to += 512) {
+    const bfloat16* const rows = from + tile * 16 * stride;
+    if constexpr (width == 16) {  // a pair of columns is as wide as a float
+      Packet pairs[width];
+      unroll<width>([&](auto i) { std::memcpy(&pairs[i], rows + i * stride, sizeof(Packet)); });
+      transpose(pairs);
+      unroll<width>([&](auto j) { std::memcpy(static_cast<void*>(to + j * 32), &pairs[j], sizeof(Packet)); });
+    } else {
+      for (Index i = 0; i < 16; ++i) {
+        for (Index j = 0; j < 16; ++j)
+          std::memcpy(static_cast<void*>(to + j * 32 + 2 * i), rows + i * stride + 2 * j, 4);
       }
     }
   }
 }
-/// The same for weights whose ranks are summed over: ranks [r, r + 32) × columns [c, c + 32): to[tile][rank / 2][column][2].
-inline void pack_rank_tiles(MatrixView<const bfloat16> w, Index r, Index c, bfloat16* to) {
-  if (r + 32 <= w.rows && c + 32 <= w.cols) {
-    for (Index j = 0; j < 16; ++j) {
-      const bfloat16* const even = w.row(r + 2 * j) + c;
-      const bfloat16* const odd = w.row(r + 2 * j + 1) + c;
-      for (Index i = 0; i < 32; ++i) {
-        to[i / 16 * 512 + j * 32 + 2 * (i % 16)] = even[i];
-        to[i / 16 * 512 + j * 32 + 2 * (i % 16) + 1] = odd[i];
-      }
-    }
-    return;
+/// Two tiles of rows [r, r + 32) × columns [c, c + 32), whose rows are summed
+/// over: to[tile][row / 2][column][2].
+inline void pack_row_tiles(MatrixView<const bfloat16> w, Index r, Index c, bfloat16* to) {
+  bfloat16 block[32][32];
+  const bool inside = r + 32 <= w.rows && c + 32 <= w.cols;
+  if (!inside) copy_block(w, r, c, block);
+  const bfloat16* from = inside ? &w(r, c) : block[0];
+  const Index stride = inside ? w.stride : 32;
+  for (Index j = 0; j < 16; ++j, from += 2 * stride) PairOfRows(from, from + stride).store(j, to);
+}
+
+/// p = v, rounded to nearest: by one instruction where the compiler was told of it.
+[[gnu::always_inline]] inline void store_rounded(bfloat16* p, Packet v) {
+  if constexpr (loramix::detail::has_bfloat16_rounding && width == 16) {
+    const auto narrow = loramix::detail::round_to_bfloat16(v);
+    std::memcpy(static_cast<void*>(p), &narrow, sizeof(narrow));
+  } else {
+    store(p, v);
   }
-  for (Index j = 0; j < 32; j += 2) {
-    for (Index i = 0; i < 32; ++i) {
-      for (Index odd = 0; odd < 2; ++odd) {
-        const bool inside = r + j + odd < w.rows && c + i < w.cols;
-        to[i / 16 * 512 + j / 2 * 32 + 2 * (i % 16) + odd] = inside ? w(r + j + odd, c + i) : bfloat16{0};
-      }
-    }
+}
+
+/// high + low = v, to 16 bits of mantissa; low is 0 where high is not finite.
+/// Zeros from n to `padded`.
+inline void split_row(const float* v, Index n, Index padded, bfloat16* high, bfloat16* low) {
+  for (Index j = 0; j < padded; j += width) {
+    const Index rest = n - j;
+    const Packet whole = rest >= width ? load(v + j) : rest > 0 ? load_part(v + j, rest) : splat(0);
+    store_rounded(high + j, whole);
+    const Packet rounded = load(high + j);
+    const Bits32 finite = (Bits32)((to_bits(rounded) & 0x7f800000u) != 0x7f800000u);
+    store_rounded(low + j, from_bits(to_bits(sub(whole, rounded)) & finite));
   }
+}
+
+/// Row t of x, columns [k, k + n), and zeros up to `wide`, at most 512 columns. What is kept of a row with dropout is not
+/// scaled, nor rounded again: the sums are.
+inline void copy_row(const Input<bfloat16>& x, Index t, Index k, Index n, Index wide, bfloat16* to) {
+  const bfloat16* const from = x.rows.row(t) + k;
+  Index j = 0;
+  if (x.dropout.on()) {
+    std::uint8_t bits[512 / 8 + width];
+    keep_bits(x.dropout, t, k, n, bits);
+    for (; j < n; ++j) to[j] = (bits[j / 8] >> (j % 8) & 1) != 0 ? from[j] : bfloat16{0};
+  } else {
+    for (; j + 32 <= n; j += 32) std::memcpy(static_cast<void*>(to + j), from + j, 64);
+    for (; j < n; ++j) to[j] = from[j];
+  }
+  for (; j < wide; ++j) to[j] = bfloat16{0};
+}
+/// What sums of products are multiplied by.
+inline float factor_of(const Dropout& dropout, float scale) {
+  return dropout.on() ? scale * static_cast<float>(dropout.kept_scale()) : scale;
 }
 
 /// out [T, R] = scale · x̂ Wᵀ.
@@ -169,7 +232,7 @@ struct TileContraction {
   float scale;
   MatrixView<float> out;
 
-  static constexpr Index sweep = 512;  // columns
+  static constexpr Index sweep = 192;  // columns
   static constexpr Index pitch = sweep + 32;
   static Index padded(Index ranks) { return round_up(ranks, TileBlock::columns); }
   /// Floats that all jobs share: the packed weights.
@@ -184,15 +247,19 @@ struct TileContraction {
     const Index ranks = padded(w.rows), n = smaller(32, out.rows - t);
     float* const sums = scratch;
     bfloat16* const block = reinterpret_cast<bfloat16*>(sums + 32 * ranks);
+    const Index pairs = larger(1, 16 / (ranks / 32));  // of lines, per step
     for (Index k = 0; k < w.cols; k += sweep) {
       const Index columns = smaller(sweep, w.cols - k), wide = round_up(columns, 32);
-      for (Index i = 0; i < 32; ++i) copy_row(t + i, i < n, k, columns, wide, block + i * pitch);
+      for (Index i = 0; i < n; ++i) copy_row(x, t + i, k, columns, wide, block + i * pitch);
+      std::fill(block + n * pitch, block + 32 * pitch, bfloat16{0});
+      RowWalk<bfloat16> next = behind(t, n, k);
       for (Index r = 0; r < ranks; r += 32) {
         if (k == 0)
           TileBlock::clear();
         else
           TileBlock::load_sums(sums + r, ranks);
         for (Index j = 0; j < wide; j += 32) {
+          for (Index i = 0; i < pairs; ++i) next.step<1>(0);
           TileBlock::load_rows(block + j, pitch);
           TileBlock::load_columns(packed + ((k + j) / 32 * ranks + r) * 32);
           TileBlock::multiply();
@@ -200,58 +267,51 @@ struct TileContraction {
         TileBlock::store_sums(sums + r, ranks);
       }
     }
-    const float factor = x.dropout.on() ? scale * static_cast<float>(x.dropout.kept_scale()) : scale;
+    const float factor = factor_of(x.dropout, scale);
     for (Index i = 0; i < n; ++i) {
-      for (Index j = 0; j < out.cols; ++j) out(t + i, j) = factor * sums[i * ranks + j];
+      float* const to = out.row(t + i);
+      over_packets(out.cols,
+                   [&](Index j, auto lanes) { lanes.store(to + j, mul(splat(factor), load(sums + i * ranks + j))); });
     }
   }
 
  private:
-  void copy_row(Index t, bool inside, Index k, Index columns, Index wide, bfloat16* to) const {
-    if (!inside) {
-      std::memset(static_cast<void*>(to), 0, static_cast<std::size_t>(wide) * 2);
-      return;
-    }
-    if (x.dropout.on()) {  // kept values are not scaled, nor rounded again: the sums are
-      drop(t, k, columns, to);
-    } else {
-      std::memcpy(static_cast<void*>(to), x.rows.row(t) + k, static_cast<std::size_t>(columns) * 2);
-    }
-    for (Index j = columns; j < wide; ++j) to[j] = bfloat16{0};
-  }
-  void drop(Index t, Index k, Index n, bfloat16* to) const {
-    std::uint8_t bits[sweep / 8 + width];
-    keep_bits(x.dropout, t, k, n, bits);
-    const bfloat16* const from = x.rows.row(t) + k;
-    for (Index j = 0; j < n; ++j) to[j] = (bits[j / 8] >> (j % 8) & 1) != 0 ? from[j] : bfloat16{0};
+  /// What is copied next: the same tokens' columns behind this sweep, or the next tokens' first ones.
+  RowWalk<bfloat16> behind(Index t, Index n, Index k) const {
+    k += sweep;
+    if (k >= w.cols) t += n, k = 0;
+    return {x.rows.row(t) + k, x.rows.stride, smaller(32, x.rows.rows - t), smaller(sweep, w.cols - k)};
   }
 };
-
-/// p = v, rounded to nearest: by one instruction where the compiler was told of it.
-[[gnu::always_inline]] inline void store_rounded(bfloat16* p, Packet v) {
-  if constexpr (loramix::detail::has_bfloat16_rounding && width == 16) {
-    const auto narrow = loramix::detail::round_to_bfloat16(v);
-    std::memcpy(static_cast<void*>(p), &narrow, sizeof(narrow));
-  } else {
-    store(p, v);
-  }
-}
 
 /// y [T, d] (+)= scale · left W, and a second pair of factors behind the first one's dropout.
 struct TileSpread {
   const Spread<bfloat16, bfloat16, Major::row>* all;
 
-  static constexpr Index sweep = 256;  // columns
+  static constexpr Index sweep = 128;  // columns
   static Index padded(Index ranks) { return round_up(ranks, 32); }
   static Index shared(Index ranks, Index depth) { return elements(padded(ranks), round_up(depth, 32)) / 2 + 16; }
   static Index scratch(Index ranks, Index side) {
     return 32 * sweep + 32 * (padded(ranks) + padded(side)) + 32 * keep_pitch / 4;
   }
 
+  /// Up to 16 ranks: both parts fit side by side into the 32 that a tile sums over, and the weights below themselves.
+  static bool fits_twice(Index ranks) { return ranks <= 16; }
   /// 32 ranks of all columns of one block: packed[r / 32][c / 32] two tiles each.
   static void pack(MatrixView<const bfloat16> w, Index r, bfloat16* packed) {
     const Index blocks = blocks_of(w.cols, 32);
-    for (Index c = 0; c < blocks; ++c) pack_rank_tiles(w, r, 32 * c, packed + (r / 32 * blocks + c) * 1024);
+    packed += r / 32 * blocks * 1024;
+    for (Index c = 0; c < blocks; ++c, packed += 1024) {
+      if (!fits_twice(w.rows)) {
+        pack_row_tiles(w, r, 32 * c, packed);
+        continue;
+      }
+      bfloat16 block[32][32] = {};
+      for (Index i = 0; i < w.rows; ++i) {
+        for (Index j = 0; j < smaller(32, w.cols - 32 * c); ++j) block[i][j] = block[16 + i][j] = w(i, 32 * c + j);
+      }
+      pack_row_tiles({block[0], 32, 32}, 0, 0, packed);
+    }
   }
   /// 32 tokens from t on.
   void run(Index t, const bfloat16* packed, const bfloat16* packed_side, float* scratch) const {
@@ -278,21 +338,20 @@ struct TileSpread {
   }
 
  private:
-  /// parts[0] + parts[1] = left, to 16 bits of mantissa: [2][32][padded].
+  /// parts[0] + parts[1] = left: [2][32][padded], or [32][2][16].
   static void split(MatrixView<const float> left, Index t, Index n, Index padded, bfloat16* parts) {
-    bfloat16* const low = parts + 32 * padded;
-    for (Index i = 0; i < 32; ++i) {
-      for (Index j = 0; j < padded; ++j) {
-        const float v = i < n && j < left.cols ? left(t + i, j) : 0.f;
-        const bfloat16 high = narrow<bfloat16>(v);
-        parts[i * padded + j] = high;
-        low[i * padded + j] = is_finite(high) ? narrow<bfloat16>(v - widen<float>(high)) : bfloat16{0};
-      }
-    }
+    const bool twice = fits_twice(left.cols);
+    bfloat16* const low = parts + (twice ? 16 : 32 * padded);
+    for (Index i = 0; i < n; ++i)
+      split_row(left.row(t + i), left.cols, twice ? 16 : padded, parts + i * padded, low + i * padded);
+    std::fill(parts + n * padded, parts + 32 * padded, bfloat16{0});
+    if (!twice) std::fill(low + n * padded, low + 32 * padded, bfloat16{0});
   }
   static void product(MatrixView<const bfloat16> w, Index ranks, Index c, Index columns, const bfloat16* packed,
                       const bfloat16* parts, float* sums, bool add) {
     const Index blocks = blocks_of(w.cols, 32);
+    const bool once = fits_twice(w.rows);
+    if (once) TileBlock::load_rows(parts, ranks);  // once for all columns
     for (Index j = 0; j < columns; j += 32) {
       if (add)
         TileBlock::load_sums(sums + j, sweep);
@@ -300,7 +359,8 @@ struct TileSpread {
         TileBlock::clear();
       for (Index r = 0; r < ranks; r += 32) {
         TileBlock::load_columns(packed + (r / 32 * blocks + (c + j) / 32) * 1024);
-        for (Index part = 0; part < 2; ++part) {
+        if (once) TileBlock::multiply();
+        for (Index part = 0; !once && part < 2; ++part) {
           TileBlock::load_rows(parts + part * 32 * ranks + r, ranks);
           TileBlock::multiply();
         }
@@ -309,9 +369,7 @@ struct TileSpread {
     }
   }
   static constexpr Index keep_pitch = sweep / 8 + width;
-  float factor() const {
-    return all->dropout.on() ? all->scale * static_cast<float>(all->dropout.kept_scale()) : all->scale;
-  }
+  float factor() const { return factor_of(all->dropout, all->scale); }
   void draw(Index t, Index n, Index c, Index columns, std::uint8_t* keep) const {
     for (Index i = 0; i < n; ++i) keep_bits(all->dropout, t + i, c, columns, keep + i * keep_pitch);
   }
@@ -348,6 +406,89 @@ struct TileSpread {
       row([&](Index j) { return mul(factor, load(from + j)); });
     else
       row([&](Index j) { return keep_lanes(mul(factor, load(from + j)), bits, j); });
+  }
+};
+
+/// out [R, d] (+)= scale · Σ_t left[t, r] · x̂[t, c], left in two parts of 16 bits.
+template <class G>
+struct TileTokenSum {
+  MatrixView<const float> left;  // [T, R]
+  Input<bfloat16> x;
+  float scale;
+  Into into;
+  MatrixView<G> out;
+
+  static constexpr Index sweep = 512;  // columns of a job
+  static constexpr Index chunk = 256;  // tokens whose tiles lie together
+  static constexpr Index ranks_of_job = 256;
+  static Index padded(Index n) { return round_up(n, 32); }
+  /// Floats that all jobs share: both parts of leftᵀ.
+  static Index shared(Index tokens, Index ranks) { return elements(padded(tokens), padded(ranks)) + 16; }
+  static Index scratch(Index ranks) { return (chunk + 32) * sweep / 2 + sweep * smaller(padded(ranks), ranks_of_job); }
+
+  /// 32 tokens: packed[t / 32][r / 32][part] = [rank][token].
+  void pack(Index t, bfloat16* packed) const {
+    const Index ranks = padded(left.cols);
+    packed += t * 2 * ranks;
+    for (Index r = 0; r < ranks; r += 32, packed += 2 * 1024) {
+      float block[32 * 32];
+      const Index n = smaller(32, left.cols - r);
+      for (Index i = 0; i < 32; i += width) pack_packet(left, t + i, r, n, block + i, 32);
+      std::fill(block + n * 32, block + 32 * 32, 0.f);
+      for (Index i = 0; i < 32 * 32; i += 32) split_row(block + i, 32, 32, packed + i, packed + 1024 + i);
+    }
+  }
+  /// Ranks [r0, r0 + ranks) × columns [c0, c0 + columns), at most one job's.
+  void run(Index r0, Index ranks, Index c0, Index columns, const bfloat16* packed, float* scratch) const {
+    const Index blocks = blocks_of(columns, 32), all_ranks = padded(left.cols), here = padded(ranks);
+    float* const sums = scratch;  // [ranks, sweep]
+    bfloat16* const tiles = reinterpret_cast<bfloat16*>(sums + here * sweep);
+    bfloat16* const dropped = tiles + chunk * sweep;  // [32, sweep]
+    for (Index t0 = 0; t0 == 0 || t0 < left.rows; t0 += chunk) {
+      const Index n = smaller(chunk, left.rows - t0), pairs = larger(1, 16 / (here / 32));
+      for (Index t = 0; t < n; t += 32) copy_tokens(t0 + t, c0, columns, tiles + t * blocks * 32, dropped);
+      RowWalk<bfloat16> next{x.rows.row(t0 + n) + c0, x.rows.stride, smaller(chunk, left.rows - t0 - n), columns};
+      for (Index r = 0; r < here; r += 32) {
+        for (Index c = 0; c < blocks; ++c) {
+          float* const sum = sums + r * sweep + c * 32;
+          if (t0 == 0)
+            TileBlock::clear();
+          else
+            TileBlock::load_sums(sum, sweep);
+          for (Index t = 0; t < n; t += 32) {
+            for (Index i = 0; i < pairs; ++i) next.template step<1>(0);
+            TileBlock::load_columns(tiles + (t * blocks + c * 32) * 32);
+            for (Index part = 0; part < 2; ++part) {
+              TileBlock::load_rows(packed + (t0 + t) * 2 * all_ranks + (2 * (r0 + r) + 32 * part) * 32, 32);
+              TileBlock::multiply();
+            }
+          }
+          TileBlock::store_sums(sum, sweep);
+        }
+      }
+    }
+    const float factor = factor_of(x.dropout, scale);
+    for (Index r = 0; r < ranks; ++r) {
+      G* const to = out.row(r0 + r) + c0;
+      over_packets(columns, [&](Index j, auto lanes) {
+        const Packet v = load(sums + r * sweep + j);
+        lanes.store(to + j, into == Into::add ? fma(splat(factor), v, lanes.load(to + j)) : mul(splat(factor), v));
+      });
+    }
+  }
+
+ private:
+  /// 32 tokens: tiles[c / 32], two each.
+  void copy_tokens(Index t, Index c0, Index columns, bfloat16* tiles, bfloat16* dropped) const {
+    MatrixView<const bfloat16> rows = x.rows;
+    Index first_row = t, first_column = c0;
+    if (x.dropout.on()) {
+      const Index n = smaller(32, left.rows - t);
+      for (Index i = 0; i < n; ++i) copy_row(x, t + i, c0, columns, columns, dropped + i * sweep);
+      rows = {dropped, n, columns, sweep};
+      first_row = first_column = 0;
+    }
+    for (Index c = 0; c < columns; c += 32) pack_row_tiles(rows, first_row, first_column + c, tiles + c * 32);
   }
 };
 
@@ -396,6 +537,32 @@ struct TileExpand {
     be.run(blocks_of(spread.y.rows, 32), [&](Index i, Index lane) {
       Tiles::configure();
       TileSpread{&spread}.run(32 * i, packed, packed_side, lanes.row(lane));
+      Tiles::release();
+    });
+  }
+};
+
+/// The same of a sum over tokens.
+template <class G>
+struct TileSum {
+  bfloat16* packed;
+  MatrixView<float> lanes;
+
+  template <class E>
+  TileSum(Arena<>& arena, const Backend<E>& be, Index tokens, Index ranks)
+      : packed(reinterpret_cast<bfloat16*>(arena.take<float>(TileTokenSum<G>::shared(tokens, ranks)))),
+        lanes(carve_lanes(arena, be.lanes(), TileTokenSum<G>::scratch(ranks))) {}
+
+  template <class E>
+  void run(const Backend<E>& be, const TileTokenSum<G>& sum) const {
+    if (sum.out.data == nullptr || sum.out.empty()) return;
+    be.run(blocks_of(sum.left.rows, 32), [&](Index i, Index) { sum.pack(32 * i, packed); });
+    const Cut columns(sum.out.cols, be.lanes(), sum.sweep, 32), ranks(sum.out.rows, 1, sum.ranks_of_job, 32);
+    be.run(columns.jobs * ranks.jobs, [&](Index i, Index lane) {
+      const Index c = i % columns.jobs, r = i / columns.jobs;
+      Tiles::configure();
+      sum.run(ranks.begin(r), ranks.count(r, sum.out.rows), columns.begin(c), columns.count(c, sum.out.cols), packed,
+              lanes.row(lane));
       Tiles::release();
     });
   }
@@ -468,23 +635,24 @@ void execute_impl(const AmxBackend<E>& be, const detail::TileShrinkOp& op, Arena
   TileShrink(work, be, op.side).run(be, {{op.x}, op.side, 1.f, op.h});
 }
 
-/// dX by tiles, sums over tokens by packets.
 template <class E, class G>
 Index scratch_impl(const AmxBackend<E>& be, const detail::TileShrinkBackwardOp<G>& op) {
-  return detail::tile_scratch(
-      be, op, op.x.rows, [&](Arena<>& arena) { detail::TileExpand(arena, be, op.A.rows, op.side.rows, op.A.cols); });
+  using namespace detail;
+  return tile_scratch(be, op, op.x.rows, [&](Arena<>& arena) {
+    TileExpand(arena, be, op.A.rows, op.side.rows, op.A.cols);
+    TileSum<G>(arena, be, op.x.rows, op.A.rows);
+    TileSum<G>(arena, be, op.x.rows, op.side.rows);
+  });
 }
 template <class E, class G>
-void execute_impl(const AmxBackend<E>& be, detail::TileShrinkBackwardOp<G> op, Arena<> work) {
+void execute_impl(const AmxBackend<E>& be, const detail::TileShrinkBackwardOp<G>& op, Arena<> work) {
   using namespace detail;
   if (!be.tiles(op.x.rows)) return execute_impl(be.packets(), op, work);
-  if (op.dx.data != nullptr) {
-    Arena<> scratch = work;
-    const Spread<bfloat16, bfloat16, Major::row> dx{{op.du, op.A}, {op.dh, op.side}, op.dropout, 1.f, op.input, op.dx};
-    TileExpand(scratch, be, op.A.rows, op.side.rows, op.A.cols).run(be, dx);
-    op.dx = {};
-  }
-  execute_impl(be.packets(), op, work);
+  const TileExpand back(work, be, op.A.rows, op.side.rows, op.A.cols);
+  const TileSum<G> sum(work, be, op.x.rows, op.A.rows), side_sum(work, be, op.x.rows, op.side.rows);
+  sum.run(be, {op.du, {op.x, op.dropout}, 1.f, op.parameters, op.dA});
+  side_sum.run(be, {op.dh, {op.x}, 1.f, op.parameters, op.dside});
+  if (op.dx.data != nullptr) back.run(be, {{op.du, op.A}, {op.dh, op.side}, op.dropout, 1.f, op.input, op.dx});
 }
 
 template <class E>
@@ -506,13 +674,14 @@ void execute_impl(const AmxBackend<E>& be, const detail::TileExpandOp& op, Arena
   TileExpand(work, be, op.B.cols, 0, op.B.rows).run(be, out);
 }
 
-/// s dY B by tiles, all else by packets.
+/// Gates by packets, all else by tiles.
 template <class E, class G>
 Index scratch_impl(const AmxBackend<E>& be, const detail::TileExpandBackwardOp<G>& op) {
   using namespace detail;
   return tile_scratch(be, op, op.u.rows, [&](Arena<>& arena) {
     FusedExpandBackward<bfloat16, bfloat16, G, Major::column>(arena, be.packets(), op);
     TileShrink(arena, be, op.B.transposed());
+    TileSum<G>(arena, be, op.u.rows, op.B.cols);
   });
 }
 template <class E, class G>
@@ -521,9 +690,15 @@ void execute_impl(const AmxBackend<E>& be, const detail::TileExpandBackwardOp<G>
   if (!be.tiles(op.u.rows)) return execute_impl(be.packets(), op, work);
   const FusedExpandBackward<bfloat16, bfloat16, G, Major::column> packets(work, be.packets(), op);
   const TileShrink tiles(work, be, op.B.transposed());
-  packets.run(be.packets(), op, [&](MatrixView<float> out) {
+  const TileSum<G> sum(work, be, op.u.rows, op.B.cols);
+  auto ranks = op;
+  ranks.dB = {};
+  packets.run(be.packets(), ranks, [&](MatrixView<float> out) {
     tiles.run(be, {{op.dy}, op.B.transposed(), op.scale, out});
   });
+  if (op.dB.data == nullptr || op.dB.empty()) return;
+  const auto left = gated_ranks(be.packets(), op.u, op.gate, packets.gated);
+  sum.run(be, {left, {op.dy}, op.scale, op.parameters, op.dB.transposed()});
 }
 
 }  // namespace cpu
