@@ -54,8 +54,10 @@ struct GroupedContraction {
 
  private:
   static constexpr Index most_sums = 1 << 18;  // a megabyte
+  static constexpr Index in_block = 24;        // tokens of a list whose rows stay in L1: whole tiles of every width
   static constexpr Index pitch(Index columns) { return round_up(columns, width) + width; }
   static Index packets_of(const Selection& s) {
+    if (s.share_ranks()) return blocks_of(s.most_ranks(), width);
     Index packets = 0;
     for (Index g = 0; g < s.groups(); ++g) packets += blocks_of(s.rank_count(g), width);
     return packets;
@@ -64,11 +66,12 @@ struct GroupedContraction {
   static Index sums_of(const Selection& s) { return Selection::chunk * s.most() * padded(s); }
 
   void pack_groups(Index k, Index n, float* panels) const {
-    for (Index g = 0; g < selection->groups(); ++g) {
-      const Index begin = selection->rank_begin(g), ranks = selection->rank_count(g);
+    const auto pack_ranks = [&](Index begin, Index ranks) {
       const auto of_group = w.row_range(begin, ranks);
       for (Index j = 0; j < ranks; j += width, panels += n * width) pack_packet(of_group, j, k, n, panels, width);
-    }
+    };
+    if (selection->share_ranks()) return pack_ranks(0, selection->most_ranks());
+    for (Index g = 0; g < selection->groups(); ++g) pack_ranks(selection->rank_begin(g), selection->rank_count(g));
   }
   void convert(Index c, Index k, Index n, float* block) const {
     if (x.direct()) return;
@@ -84,31 +87,45 @@ struct GroupedContraction {
       if constexpr (std::is_same_v<X, float>) rows = x.rows.row(c * Selection::chunk) + k;
       stride = x.rows.stride;
     }
+    const Index pitch_of_sums = padded(*selection);
     for (Index g = 0; g < selection->groups(); ++g) {
       const Selection::List list = selection->list(c, g);
       const Index ranks = selection->rank_count(g);
-      for_panels(ranks, [&](auto packets, Index begin) {
-        in_steps<listed_rows(packets)>(list.count, [&](auto m, Index i) {
-          tile<m, packets>(n, list.entries + i, rows, stride, panels + begin * n,
-                           sums + (list.first_entry + i) * padded(*selection) + begin, padded(*selection), k == 0,
-                           next);
+      for (Index first = 0; first < list.count; first += in_block) {
+        const Index count = smaller(in_block, list.count - first);
+        const Selection::Entry* const entries = list.entries + first;
+        float* const sums_of = sums + (list.first_entry + first) * pitch_of_sums;
+        const bool consecutive = list.consecutive(first, count);
+        for_panels(ranks, [&](auto packets, Index begin) {
+          constexpr int most = RegisterTile::rows_of(packets);
+          const float* const panel = panels + begin * n;
+          Index i = 0;
+          for (; consecutive && i + most <= count; i += most) {
+            tile<most, packets>(n, Rows3<most>(rows + entries[i].token * stride, stride), panel,
+                                sums_of + i * pitch_of_sums + begin, pitch_of_sums, k == 0, next);
+          }
+          in_steps<listed_rows(packets)>(
+              count,
+              [&](auto m, Index j) {
+                const RowList<m> list_rows([&](int r) { return rows + entries[j + r].token * stride; });
+                tile<m, packets>(n, list_rows, panel, sums_of + j * pitch_of_sums + begin, pitch_of_sums, k == 0, next);
+              },
+              i);
         });
-      });
-      panels += round_up(ranks, width) * n;
+      }
+      if (!selection->share_ranks()) panels += round_up(ranks, width) * n;
     }
   }
-  template <int T, int N>
-  [[gnu::flatten, gnu::noinline]] static void tile(Index n, const Selection::Entry* entries, const float* rows,
-                                                   Index stride, const float* panel, float* sums, Index sums_stride,
-                                                   bool first, RowWalk<X>& next) {
-    const RowList<T> list([&](int m) { return rows + entries[m].token * stride; });
+  template <int T, int N, class Rows>
+  [[gnu::flatten, gnu::noinline]] static void tile(Index n, const Rows rows, const float* panel, float* sums,
+                                                   Index sums_stride, bool first, RowWalk<X>& next) {
     Tile<T, N> c;
     if (first)
       c.clear();
     else
       c.load_from(sums, sums_stride);
     RowWalk<X> walk = next;
-    outer(n, list, PacketPanel{panel, n * width}, c, [&](Index k) { walk.template step<8>(k); });
+    outer(n, rows, PacketPanel{panel, n * width}, c, [&](Index k) { walk.template step<8>(k); });
     next = walk;
     c.store_to(sums, sums_stride);
   }
@@ -218,6 +235,78 @@ struct GroupedSpread {
  private:
   static Index keep_pitch(Index columns) { return round_up(columns, 8 * width) / 8; }
 
+  /// Where a panel of weights lies.
+  template <class Weight>
+  struct Weights {
+    const Weight *first, *second;
+    Index first_step, second_step;
+  };
+
+  /// The tokens of one list, where no token is in two: sums leave the registers for y. `weights_of(j, f)`: f(weights) of
+  /// the panel that begins at column c0 + j.
+  template <class F>
+  void run_list(Index chunk, Index g, Index c0, Index columns, const std::uint8_t* keep, const F& weights_of) const {
+    const Selection::List list = selection->list(chunk, g);
+    const bool none = g == selection->groups();
+    if (none && all.into == Into::add && all.second.w.rows == 0) return;
+    const Index r = none ? 0 : selection->rank_begin(g), ranks = none ? 0 : selection->rank_count(g);
+    in_steps<rows>(list.count, [&](auto m, Index i) {
+      const Selection::Entry* const entries = list.entries + i;
+      const bool consecutive = m == rows && list.consecutive(i, m);
+      for (Index j = 0; j < columns; j += panel) {
+        const Panels to{chunk * Selection::chunk, c0 + j, smaller(panel, columns - j), r, ranks, keep + j / 8,
+                        keep_pitch(columns)};
+        weights_of(j, [&](const auto& weights) {
+          if (consecutive)
+            direct_tile<m, packets, m == rows>(to, entries, weights);
+          else
+            direct_tile<m, packets, false>(to, entries, weights);
+        });
+      }
+    });
+  }
+  /// A panel of y, and the ranks that go into it.
+  struct Panels {
+    Index first_token, c, wide, r, ranks;
+    const std::uint8_t* keep;
+    Index keep_pitch;
+  };
+  template <int T, int N, bool Consecutive, class Weight>
+  [[gnu::flatten, gnu::noinline]] void direct_tile(const Panels& to, const Selection::Entry* entries,
+                                                   const Weights<Weight>& weights) const {
+    const auto token = [&](int m) { return to.first_token + entries[m].token; };
+    const auto add_product = [&](Tile<T, N> & sum, const auto& factor, Index r, Index ranks, const Weight* w,
+                                 Index step) __attribute__((always_inline)) {
+      if constexpr (Consecutive) {
+        outer(ranks, Rows3<T>(factor.left.row(token(0)) + r, factor.left.stride), Panel<Weight>{w, step}, sum);
+      } else {
+        outer(ranks, RowList<T>([&](int m) { return factor.left.row(token(m)) + r; }), Panel<Weight>{w, step}, sum);
+      }
+    };
+    Tile<T, N> sum;
+    sum.clear();
+    add_product(sum, all.first, to.r, to.ranks, weights.first + to.r * weights.first_step, weights.first_step);
+    const Packet factor = splat(all.scale);
+    if (all.dropout.on()) {
+      const Packet kept = splat(all.scale * static_cast<float>(all.dropout.kept_scale()));
+      sum.set([&](int i, int j, Packet v) {
+        return keep_lanes(mul(kept, v), to.keep + entries[i].token * to.keep_pitch, j * width);
+      });
+    } else {
+      sum.set([&](int, int, Packet v) { return mul(factor, v); });
+    }
+    if (all.second.w.rows != 0) add_product(sum, all.second, 0, all.second.w.rows, weights.second, weights.second_step);
+    sum.each([&](int i, int j, Packet v) {
+      Y* const out = all.y.row(token(i)) + to.c + j * width;
+      const Index left = to.wide - j * width;
+      if (left >= width) {
+        store(out, all.into == Into::add ? add(load(out), v) : v);
+      } else if (left > 0) {
+        store_part(out, all.into == Into::add ? add(load_part(out, left), v) : v, left);
+      }
+    });
+  }
+
   /// One panel of columns for the tokens of one chunk.
   struct Place {
     Index chunk, c, wide;
@@ -231,18 +320,19 @@ struct GroupedSpread {
   // What a token's groups give is summed in `partial`, without asking which of them is the first or the last: the answer
   // would be different for every token, and no processor guesses it.
   template <class Weight>
-  void run_panel(const Place& place, const Weight* w1, Index step1, const Weight* w2, Index step2) const {
+  void run_panel(const Place& place, const Weights<Weight>& w) const {
     const Index tokens = selection->tokens(place.chunk);
     for (Index i = 0; i < tokens * panel; i += width) store(place.partial + i, splat(0));
     for (Index g = 0; g < selection->groups(); ++g) {
       const Selection::List list = selection->list(place.chunk, g);
       const Index r = selection->rank_begin(g);
       in_steps<rows>(list.count, [&](auto m, Index i) {
-        tile<m, packets>(place, list.entries + i, r, selection->rank_count(g), w1 + r * step1, step1);
+        tile<m, packets>(place, list.entries + i, r, selection->rank_count(g), w.first + r * w.first_step,
+                         w.first_step);
       });
     }
     if (all.second.w.rows != 0) {
-      in_steps<rows>(tokens, [&](auto m, Index i) { side_tile<m, packets>(place, i, w2, step2); });
+      in_steps<rows>(tokens, [&](auto m, Index i) { side_tile<m, packets>(place, i, w.second, w.second_step); });
     }
     finish(place);
   }
@@ -315,20 +405,27 @@ void GroupedSpread<Y, W, M>::run(Index chunk, Index n, Index c0, Index columns, 
         keep_bits(all.dropout, c * Selection::chunk + i, c0, columns, keep + i * keep_pitch(columns));
       }
     }
+    const auto weights_of = [&](Index j, const auto& f) {
+      if (j < copied) {
+        if constexpr (M == Major::row) {
+          f(Weights<W>{all.first.w.row(0) + c0 + j, all.second.w.rows == 0 ? nullptr : all.second.w.row(0) + c0 + j,
+                       all.first.w.stride, all.second.w.stride});
+        }
+      } else {
+        const float* const block = weights + (j - copied) / panel * step;
+        f(Weights<float>{block, block + panel * all.first.w.rows, panel, panel});
+      }
+    };
+    if (selection->most() == 1) {
+      for (Index g = 0; g <= selection->groups(); ++g) run_list(c, g, c0, columns, keep, weights_of);
+      continue;
+    }
     RowWalk<Y> next{};
     if (c + 1 < chunk + n)
       next = {all.y.row((c + 1) * Selection::chunk) + c0, all.y.stride, selection->tokens(c + 1), columns};
     for (Index j = 0; j < columns; j += panel) {
       const Place place{c, c0 + j, smaller(panel, columns - j), keep + j / 8, keep_pitch(columns), partial, &next};
-      if (j < copied) {
-        if constexpr (M == Major::row) {
-          run_panel(place, all.first.w.row(0) + c0 + j, all.first.w.stride,
-                    all.second.w.rows == 0 ? nullptr : all.second.w.row(0) + c0 + j, all.second.w.stride);
-        }
-      } else {
-        const float* const block = weights + (j - copied) / panel * step;
-        run_panel(place, block, panel, block + panel * all.first.w.rows, panel);
-      }
+      weights_of(j, [&](const auto& w) { run_panel(place, w); });
     }
   }
 }
@@ -349,8 +446,8 @@ struct GroupedTokenSum {
   static constexpr Index sweep = 1008;  // columns of a job: a multiple of every panel, and of 8
   static constexpr Index ranks_of_job = 128;
 
-  /// Chunks whose tokens are added together.
-  static constexpr Index together = 2;
+  /// Chunks whose tokens are added together, and tokens that are where groups share ranks.
+  static constexpr Index together = 2, most_in_sum = 48;
   static constexpr Index pointers = together * Selection::chunk * sizeof(float*) / sizeof(float);
 
   /// Groups of one job: as many as have at most `ranks_of_job` ranks, one at least; all, where groups share ranks.
@@ -359,6 +456,7 @@ struct GroupedTokenSum {
   }
   static Index scratch(const Selection& s) {
     const Index tokens = together * Selection::chunk, lefts = round_up(s.most_ranks(), rows);
+    if (s.share_ranks()) return s.most_ranks() * sweep + most_in_sum * (lefts + sweep + 9 * width);
     return pointers + larger(ranks_of_job, s.most_ranks()) * sweep + tokens * (lefts + panel) +
            Selection::chunk * (sweep + 8 * width);
   }
@@ -367,6 +465,17 @@ struct GroupedTokenSum {
   void run(Index g0, Index groups, Index c0, Index columns, float* scratch) const;
 
  private:
+  /// Where groups share ranks, all of them: list by list, as a dense sum over that list's tokens.
+  void run_prefixes(Index c0, Index columns, float* scratch) const;
+  /// Some tokens of a list.
+  struct Tokens {
+    Index t[most_in_sum];
+    Index n;
+    bool consecutive() const { return t[n - 1] - t[0] == n - 1; }
+  };
+  void add_tokens(const Tokens& tokens, Index ranks, Index c0, Index columns, float* sums, float* scratch,
+                  RowWalk<X>& next) const;
+
   /// f(token) for the tokens of group g in some chunks.
   template <class F>
   void each_entry(Index c, Index chunks, Index g, F&& f) const {
@@ -397,20 +506,110 @@ struct GroupedTokenSum {
       });
     }
   }
-  template <int R, int N>
-  [[gnu::flatten, gnu::noinline]] static void tile(Index n, const float* lefts, const PanelList& from, float* sums,
+  template <int R, int N, class From>
+  [[gnu::flatten, gnu::noinline]] static void tile(Index n, const float* lefts, const From from, float* sums,
                                                    RowWalk<X>& next) {
     Tile<R, N> sum;
     sum.load_from(sums, sweep);
     RowWalk<X> walk = next;
-    outer(n, Columns{lefts, rows}, from, sum, [&](Index k) { walk.template step<2>(k); });
+    outer(n, Columns{lefts, rows}, from, sum, [&](Index k) { walk.template step<1>(k); });
     next = walk;
     sum.store_to(sums, sweep);
+  }
+  /// out (+)= scale · sums.
+  void write_out(Index r0, Index ranks, Index c0, Index columns, const float* sums) const {
+    for (Index r = 0; r < ranks; ++r) {
+      for (Index j = 0; j < columns; ++j) {
+        G& cell = out(r0 + r, c0 + j);
+        const float value = scale * sums[r * sweep + j];
+        cell = narrow<G>(into == Into::add ? widen<float>(cell) + value : value);
+      }
+    }
   }
 };
 
 template <class X, class G, Major M>
+void GroupedTokenSum<X, G, M>::add_tokens(const Tokens& tokens, Index ranks, Index c0, Index columns, float* sums,
+                                          float* scratch, RowWalk<X>& next) const {
+  const Index n = tokens.n;
+  float* const lefts = scratch;  // [ranks / rows][n][rows]
+  float* const block = lefts + round_up(ranks, rows) * most_in_sum;
+  for (Index r = 0; r < ranks; r += rows) {
+    for (Index i = 0; i < n; ++i) {
+      std::copy_n(left.row(tokens.t[i]) + r, smaller(rows, ranks - r), lefts + r * n + i * rows);
+    }
+  }
+  const Index pitch = round_up(columns, panel) + 8 * width;
+  for (Index i = 0; !x.direct() && i < n; ++i) {
+    float* const row = block + i * pitch;
+    x.convert(tokens.t[i], c0, columns, row);
+    for (Index j = columns; j < round_up(columns, panel); ++j) row[j] = 0;
+  }
+  const bool consecutive = tokens.consecutive();
+  for (Index c = 0; c < columns; c += panel) {
+    const float* from = block + c;
+    Index step = pitch;
+    if constexpr (std::is_same_v<X, float>) {
+      const Index wide = smaller(panel, columns - c);
+      if (x.direct() && consecutive && wide == panel && ranks <= TokenSum<X, G, M>::few_ranks) {
+        from = x.rows.row(tokens.t[0]) + c0 + c;
+        step = x.rows.stride;
+      } else if (x.direct()) {
+        from = block;
+        step = panel;
+        for (Index i = 0; i < n; ++i) {
+          const float* const row = x.rows.row(tokens.t[i]) + c0 + c;
+          for (Index j = 0; j < panel; j += width) {
+            const Index rest = wide - j;
+            store(block + i * panel + j, rest >= width ? load(row + j)
+                                         : rest > 0    ? load_part(row + j, rest)
+                                                       : splat(0));
+          }
+        }
+      }
+    }
+    in_steps<rows>(ranks, [&](auto m, Index r) {
+      tile<m, packets>(n, lefts + r / rows * rows * n + r % rows, Panel<float>{from, step}, sums + r * sweep + c, next);
+    });
+  }
+}
+
+template <class X, class G, Major M>
+void GroupedTokenSum<X, G, M>::run_prefixes(Index c0, Index columns, float* scratch) const {
+  const Selection& s = *selection;
+  const Index ranks = s.most_ranks();
+  float* const sums = scratch;  // [ranks, sweep]
+  std::fill_n(sums, ranks * sweep, 0.f);
+  for (Index c = 0; c < s.chunks(); c += together) {
+    const Index chunks = smaller(together, s.chunks() - c), behind = (c + chunks) * Selection::chunk;
+    Index done = 0;
+    for (Index g = 0; g < s.groups(); ++g) {
+      Tokens tokens;
+      tokens.n = 0;
+      const auto flush = [&] {
+        if (tokens.n == 0) return;
+        // What is read next: the rows behind these, or, where lists take turns, those behind these chunks.
+        const Index next_token = tokens.consecutive() ? tokens.t[tokens.n - 1] + 1 : behind + done;
+        RowWalk<X> next{};
+        if (x.direct() && next_token < x.rows.rows)
+          next = {x.rows.row(next_token) + c0, x.rows.stride, smaller(tokens.n, x.rows.rows - next_token), columns};
+        done += tokens.n;
+        add_tokens(tokens, s.rank_count(g), c0, columns, sums, sums + ranks * sweep, next);
+        tokens.n = 0;
+      };
+      each_entry(c, chunks, g, [&](Index token) {
+        tokens.t[tokens.n++] = token;
+        if (tokens.n == most_in_sum) flush();
+      });
+      flush();
+    }
+  }
+  write_out(0, ranks, c0, columns, sums);
+}
+
+template <class X, class G, Major M>
 void GroupedTokenSum<X, G, M>::run(Index g0, Index groups, Index c0, Index columns, float* scratch) const {
+  if (selection->share_ranks()) return run_prefixes(c0, columns, scratch);
   const Selection& s = *selection;
   const Index r0 = s.rank_begin(g0), ranks = s.rank_begin(g0 + groups - 1) + s.rank_count(g0 + groups - 1) - r0;
   const float** const list_rows = reinterpret_cast<const float**>(scratch);
@@ -455,13 +654,7 @@ void GroupedTokenSum<X, G, M>::run(Index g0, Index groups, Index c0, Index colum
       add(g, n, list_rows, whole, whole + panel, whole, lefts, of_group, next);
     }
   }
-  for (Index r = 0; r < ranks; ++r) {
-    for (Index j = 0; j < columns; ++j) {
-      G& cell = out(r0 + r, c0 + j);
-      const float value = scale * sums[r * sweep + j];
-      cell = narrow<G>(into == Into::add ? widen<float>(cell) + value : value);
-    }
-  }
+  write_out(r0, ranks, c0, columns, sums);
 }
 
 }  // namespace detail
