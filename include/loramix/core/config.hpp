@@ -136,6 +136,13 @@ inline constexpr bool has_x86_assembly = true;
 inline constexpr bool has_x86_assembly = false;
 #endif
 
+/// What a thread says to its core while it looks for something another thread will write.
+inline void relax() {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__CUDACC__)
+  __builtin_ia32_pause();
+#endif
+}
+
 /// Throws `error`; returns, so that the caller can go to the error handler, where exceptions are off.
 template <class Error>
 void throw_if_possible(const Error& error) {

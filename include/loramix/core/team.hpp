@@ -7,7 +7,8 @@
 ///   maximum(n, f)      the largest f(i), NaN first, returned to every thread; n ≥ 1
 ///   once(f)            f() by one thread; done when it returns
 ///
-/// Determinism: results depend on the width, never on scheduling. Widths may differ in the last bits.
+/// Determinism: results depend on the width, never on scheduling. Widths may differ in the last bits. A team of one adds every
+///              16th term together where there are 32 or more.
 #pragma once
 #include <loramix/core/views.hpp>
 
@@ -43,8 +44,20 @@ struct SerialTeam {
   }
   template <class F>
   LORAMIX_HD auto sum(Index n, const F& f) const {
-    decltype(f(Index{0}) + f(Index{0})) total{};
-    for (Index i = 0; i < n; ++i) total += f(i);
+    using T = decltype(f(Index{0}) + f(Index{0}));
+    T total{};
+    Index i = 0;
+    if (n >= 2 * lanes) {  // every 16th together: chains that a compiler puts side by side
+      T part[lanes]{};
+      for (Index block = 0; block < n / lanes; ++block, i += lanes) {
+        for (int j = 0; j < lanes; ++j) part[j] += f(i + j);
+      }
+      for (int half = lanes / 2; half > 0; half /= 2) {
+        for (int j = 0; j < half; ++j) part[j] += part[j + half];
+      }
+      total = part[0];
+    }
+    for (; i < n; ++i) total += f(i);
     return total;
   }
   template <class F>
@@ -60,6 +73,9 @@ struct SerialTeam {
   LORAMIX_HD void once(const F& f) const {
     f();
   }
+
+ private:
+  static constexpr int lanes = 16;
 };
 
 }  // namespace LORAMIX_ABI

@@ -1,8 +1,11 @@
-/// A small std::thread pool for programs that have none of their own.
+/// A small std::thread pool for programs that have none of their own. Threads that wait look for work for a tenth of a
+/// millisecond before they sleep: the stages of a step follow each other faster than a thread wakes. A call does not wait for
+/// threads that come too late to take a job.
 ///
 /// Example: lm::ThreadPool pool(4);  lm::cpu::Backend be{pool.executor()};
 #pragma once
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <thread>
@@ -63,33 +66,54 @@ class ThreadPool {
       job_ = job;
       jobs_ = jobs;
       next_.store(0, std::memory_order_relaxed);
-      running_ = threads_.size();
-      ++generation_;
+      open_ = true;
+      generation_.store(generation_.load(std::memory_order_relaxed) + 1, std::memory_order_release);
     }
     wake_.notify_all();
     take_jobs(0, call, job, jobs);
+    {
+      std::lock_guard lock(mutex_);
+      open_ = false;  // from here on nobody joins
+    }
+    if (look_for([this] { return running_.load(std::memory_order_acquire) == 0; })) return;
     std::unique_lock lock(mutex_);
-    done_.wait(lock, [this] { return running_ == 0; });
+    done_.wait(lock, [this] { return running_.load(std::memory_order_acquire) == 0; });
   }
 
   void take_jobs(Index lane, Call call, const void* job, Index jobs) {
     for (Index i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < jobs;) call(job, i, lane);
   }
 
+  /// Whether `found` holds within a tenth of a millisecond or so.
+  template <class F>
+  static bool look_for(const F& found) {
+    const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(100);
+    do {
+      for (int i = 0; i < 16; ++i) {
+        if (found()) return true;
+        detail::relax();
+      }
+    } while (std::chrono::steady_clock::now() < until);
+    return false;
+  }
+
   void work(Index lane) {
     std::uint64_t seen = 0;
-    std::unique_lock lock(mutex_);
     for (;;) {
-      wake_.wait(lock, [&] { return stopping_ || generation_ != seen; });
+      look_for([&] { return generation_.load(std::memory_order_acquire) != seen; });
+      std::unique_lock lock(mutex_);
+      wake_.wait(lock, [&] { return stopping_ || generation_.load(std::memory_order_relaxed) != seen; });
       if (stopping_) return;
-      seen = generation_;
+      seen = generation_.load(std::memory_order_relaxed);
+      if (!open_) continue;
+      running_.fetch_add(1, std::memory_order_relaxed);
       const Call call = call_;
       const void* const job = job_;
       const Index jobs = jobs_;
       lock.unlock();
       take_jobs(lane, call, job, jobs);
       lock.lock();
-      if (--running_ == 0) done_.notify_one();
+      if (running_.fetch_sub(1, std::memory_order_release) == 1) done_.notify_one();
     }
   }
 
@@ -100,8 +124,9 @@ class ThreadPool {
   Call call_ = nullptr;
   const void* job_ = nullptr;
   Index jobs_ = 0;
-  std::size_t running_ = 0;
-  std::uint64_t generation_ = 0;
+  std::atomic<std::size_t> running_{0};  // threads inside a call; changed under the mutex
+  std::atomic<std::uint64_t> generation_{0};
+  bool open_ = false;  // whether the call still takes threads
   bool stopping_ = false;
 };
 

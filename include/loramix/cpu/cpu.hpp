@@ -4,3 +4,4 @@
 #include <loramix/cpu/mixlora.hpp>
 #include <loramix/cpu/product.hpp>
 #include <loramix/cpu/rows.hpp>
+#include <loramix/cpu/small_product.hpp>

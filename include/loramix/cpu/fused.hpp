@@ -207,7 +207,7 @@ void run_grouped(const Backend<E>& be, const GroupedTokenSum<X, G, M>& sum, Matr
   if (sum.out.data == nullptr || sum.out.empty()) return;
   const Selection& s = *sum.selection;
   const Index groups = sum.groups_of_job(s), group_jobs = blocks_of(s.groups(), groups);
-  const Cut columns(sum.out.cols, blocks_of(be.lanes(), group_jobs), sum.sweep, 24 * width);
+  const Cut columns(sum.out.cols, blocks_of(be.lanes(), group_jobs), sum.sweep, 6 * width);
   const Index wide = smaller(sum.sweep, columns.size), blocks = blocks_of(sum.out.cols, wide);
   be.run(blocks * group_jobs, [&](Index i, Index lane) {
     const Index c = i % blocks * wide, g = i / blocks * groups;

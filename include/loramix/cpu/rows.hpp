@@ -10,6 +10,18 @@ namespace loramix {
 inline namespace LORAMIX_ABI {
 namespace cpu {
 
+namespace detail {
+/// The body, for chunks of rows.
+template <class E, class Body>
+void run_rows(const Backend<E>& be, const Rows<Body, Space::host>& op) {
+  constexpr Index chunk = 32;
+  be.run(blocks_of(op.rows, chunk), [&op](Index job, Index) {
+    const Index end = smaller((job + 1) * chunk, op.rows);
+    for (Index t = job * chunk; t < end; ++t) op.body(SerialTeam{}, t);
+  });
+}
+}  // namespace detail
+
 template <class E, class Body>
 Index scratch_impl(const Backend<E>&, const Rows<Body, Space::host>&) {
   return 0;
@@ -17,11 +29,7 @@ Index scratch_impl(const Backend<E>&, const Rows<Body, Space::host>&) {
 
 template <class E, class Body>
 void execute_impl(const Backend<E>& be, const Rows<Body, Space::host>& op, Arena<>) {
-  constexpr Index chunk = 32;
-  be.run((op.rows + chunk - 1) / chunk, [&op](Index job, Index) {
-    const Index end = (job + 1) * chunk < op.rows ? (job + 1) * chunk : op.rows;
-    for (Index t = job * chunk; t < end; ++t) op.body(SerialTeam{}, t);
-  });
+  detail::run_rows(be, op);
 }
 
 /// Masks are drawn many columns at a time.

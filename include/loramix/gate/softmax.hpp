@@ -28,8 +28,9 @@ LORAMIX_HD void softmax_row(const Tm& team, Index n, const Score* logits, Score 
     team.each(n, [=](Index i) { p[i] = Score(0); });
     return;
   }
-  const Score sum = team.sum(n, [=](Index i) { return Score(exp((logits[i] - top) / temperature)); });
-  team.each(n, [=](Index i) { p[i] = Score(exp((logits[i] - top) / temperature)) / sum; });
+  team.each(n, [=](Index i) { p[i] = Score(exp((logits[i] - top) / temperature)); });
+  const Score sum = team.sum(n, [=](Index i) { return p[i]; });
+  team.each(n, [=](Index i) { p[i] = p[i] / sum; });
 }
 
 /// dlogits += p ∘ (dp − ⟨p, dp⟩) / τ.

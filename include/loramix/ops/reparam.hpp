@@ -9,7 +9,7 @@
 /// Adds to:     out [d_out, R], [R, R] or [n, d_out]; or assigns with Into::set.
 /// Errors:      shape, stride, null, alias.
 /// Cost:        2·R²·d_out flop for MoSLoRA, R·d_out for MultiLoRA; no scratch.
-/// Determinism: every element is one sum in rank order (in output order for dS).
+/// Determinism: every element is one sum in a fixed order, of the device and the scalars (cpu/small_product.hpp).
 /// Example:     tests/adapter/moslora.cpp
 #pragma once
 #include <cmath>

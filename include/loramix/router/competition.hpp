@@ -177,7 +177,8 @@ struct CompetitionGate {
       team.each(E, [&](Index e) {
         Score logit = widen<Score>(gate.b2(0, e));
         if (gate.S2.data == nullptr) logit += z(t, e);
-        for (Index i = 0; i < hidden; ++i) logit += widen<Score>(gate.S2(e, i)) * state.activation(t, i);
+        logit += SerialTeam{}.sum(hidden,
+                                  [&](Index i) { return Score(widen<Score>(gate.S2(e, i)) * state.activation(t, i)); });
         state.logits(t, e) = logit;
         if (state.dp.data != nullptr) state.dp(t, e) = state.dlogits(t, e) = Score(0);
       });

@@ -14,6 +14,7 @@
 #pragma once
 #include <loramix/gate/softmax.hpp>
 #include <loramix/ops/gate_rows.hpp>
+#include <loramix/ops/small_product.hpp>
 
 namespace loramix {
 inline namespace LORAMIX_ABI {
@@ -30,25 +31,6 @@ void check_tasks(const char* op, const GateCall<S>& call, Index tasks) {
   }
   check::same(op, "tasks", "count", call.batch.tasks.count, "the number of tasks of the adapter", tasks);
 }
-
-/// Row body: out[i, :] (+)= Σ_k left[i, k] right[k, :], for matrices without tokens.
-template <class Score, class W, class G, Space S, Major M>
-struct SmallProduct {
-  MatrixView<const Score, S, M> left;  // [rows, n]
-  MatrixView<W, S> right;              // [n, columns]
-  MatrixView<G, S> out;                // [rows, columns]
-  Into into;
-
-  template <Team Tm>
-  LORAMIX_HD void operator()(const Tm& team, Index i) const {
-    team.each(out.cols, [&](Index c) {
-      Score sum = Score(0);
-      for (Index k = 0; k < right.rows; ++k) sum += left(i, k) * widen<Score>(right(k, c));
-      G& cell = out(i, c);
-      cell = narrow<G>(into == Into::add ? widen<Score>(cell) + sum : sum);
-    });
-  }
-};
 
 }  // namespace detail
 

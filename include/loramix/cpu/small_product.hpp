@@ -1,0 +1,152 @@
+/// Row bodies that are products of small matrices, in register tiles: what re-parametrised weights and scores of tasks cost.
+///
+/// Computes:    MixRanks and detail::SmallProduct: out[j, :] (+)= Σ_k left[j, k] right[k, :];
+///              RankProducts: out[j, k] (+)= ⟨row j, row k⟩; for float, bfloat16 and half summed in float.
+/// Reads:       what the bodies read (ops/reparam.hpp, ops/small_product.hpp).
+/// Adds to:     what they add to.
+/// Errors:      none: the bodies were checked.
+/// Cost:        no scratch; the bodies' flop at the speed of register tiles.
+/// Determinism: k ascends in one chain per element; dot products sum lanes in one fixed order. Path::composed runs the bodies.
+/// Example:     tests/cpu/small_product.cpp
+#pragma once
+#include <loramix/cpu/kernels.hpp>
+#include <loramix/cpu/rows.hpp>
+#include <loramix/ops/reparam.hpp>
+#include <loramix/ops/small_product.hpp>
+
+namespace loramix {
+inline namespace LORAMIX_ABI {
+namespace cpu {
+namespace detail {
+
+/// a(m, k) = w[j + m, k], widened.
+template <class W, Major M>
+struct RowsOf {
+  MatrixView<const W, Space::host, M> w;
+  Index j;
+  template <int m>
+  [[gnu::always_inline]] float at(Index k) const {
+    return widen<float>(w(j + m, k));
+  }
+};
+
+/// out (+)= left right: few rows of many columns.
+template <class L, Major M, class R, class Out>
+struct FewRows {
+  MatrixView<const L, Space::host, M> left;  // [rows, n]
+  MatrixView<const R> right;                 // [n, columns]
+  MatrixView<Out> out;                       // [rows, columns]
+  Into into;
+
+  static constexpr int packets = RegisterTile::wide, rows = RegisterTile::rows_of(packets);
+  static constexpr Index job_columns = 256;
+
+  template <class E>
+  void run(const Backend<E>& be) const {
+    be.run(blocks_of(out.cols, job_columns), [this](Index job, Index) {
+      const Index begin = job * job_columns, end = smaller(out.cols, begin + job_columns);
+      in_steps<rows>(out.rows, [&](auto m, Index j) {
+        Index c = begin;
+        for (; c + packets * width <= end; c += packets * width) tile<m>(j, c);
+        over_packets(end - c, [&](Index i, const auto& lanes) { packet<m>(j, c + i, lanes); });
+      });
+    });
+  }
+
+ private:
+  template <int T>
+  [[gnu::flatten, gnu::noinline]] void tile(Index j, Index c) const {
+    Tile<T, packets> sum;
+    sum.clear();
+    outer(right.rows, RowsOf<L, M>{left, j}, Panel<R>{right.data + c, right.stride}, sum);
+    sum.each([&](int m, int n, Packet v) { put(out.row(j + m) + c + n * width, v, WholePacket{}); });
+  }
+  template <int T, class Lanes>
+  [[gnu::flatten, gnu::noinline]] void packet(Index j, Index c, const Lanes& lanes) const {
+    const RowsOf<L, M> a{left, j};
+    Packet sum[T];
+    unroll<T>([&](auto m) { sum[m] = splat(0); });
+    for (Index k = 0; k < right.rows; ++k) {
+      const Packet b = lanes.load(right.row(k) + c);
+      unroll<T>([&](auto m) { sum[m] = fma(splat(a.template at<m>(k)), b, sum[m]); });
+    }
+    unroll<T>([&](auto m) { put(out.row(j + m) + c, sum[m], lanes); });
+  }
+  template <class Lanes>
+  [[gnu::always_inline]] void put(Out* to, Packet v, const Lanes& lanes) const {
+    lanes.store(to, into == Into::add ? add(lanes.load(to), v) : v);
+  }
+};
+
+/// out[j, k] (+)= ⟨left[j, :], right[k, :]⟩: long rows, few of them.
+template <class L, class R, class Out>
+struct DotsOfRows {
+  MatrixView<const L> left;   // [rows, n]
+  MatrixView<const R> right;  // [columns, n]
+  MatrixView<Out> out;        // [rows, columns]
+  Into into;
+
+  static constexpr int rows = RegisterTile::dot_rows, columns = RegisterTile::dot_columns;
+
+  template <class E>
+  void run(const Backend<E>& be) const {
+    be.run(blocks_of(out.rows, rows), [this](Index job, Index) {
+      in_steps<columns>(out.cols, [&](auto n, Index k) {
+        in_steps<rows>(smaller(rows, out.rows - job * rows), [&](auto m, Index j) { tile<m, n>(job * rows + j, k); });
+      });
+    });
+  }
+
+ private:
+  template <int M, int N>
+  [[gnu::flatten, gnu::noinline]] void tile(Index j, Index k) const {
+    const L* from[M];
+    for (int m = 0; m < M; ++m) from[m] = left.row(j + m);
+    Tile<M, N> sums;
+    sums.clear();
+    dot(left.cols, from, right.row(k), right.stride, sums);
+    sums.each([&](int m, int n, Packet v) { loramix::detail::put(out(j + m, k + n), sum(v), into); });
+  }
+};
+
+template <class... T>
+inline constexpr bool all_stored = ((std::is_same_v<std::remove_const_t<T>, float> ||
+                                     is_16bit<std::remove_const_t<T>>)&&...);
+
+/// The product on packets, or where the tuning says so the body, row by row.
+template <class E, class Body, class Product>
+void run_product(const Backend<E>& be, const Rows<Body, Space::host>& op, const Product& product) {
+  if (be.tuning.path == Path::composed) return run_rows(be, op);
+  product.run(be);
+}
+
+}  // namespace detail
+
+template <class E, class In, class W, class Out, Major M>
+  requires detail::all_stored<In, W, Out>
+void execute_impl(const Backend<E>& be, const Rows<MixRanks<In, W, float, Out, Space::host, M>, Space::host>& op,
+                  Arena<>) {
+  const auto& b = op.body;
+  detail::run_product(be, op, detail::FewRows<W, M, In, Out>{b.mixer, b.in.transposed(), b.out.transposed(), b.into});
+}
+
+template <class E, class L, class W, class Out>
+  requires detail::all_stored<L, W, Out>
+void execute_impl(const Backend<E>& be, const Rows<RankProducts<L, W, float, Out, Space::host>, Space::host>& op,
+                  Arena<>) {
+  const auto& b = op.body;
+  detail::run_product(be, op, detail::DotsOfRows<L, W, Out>{b.left.transposed(), b.right.transposed(), b.out, b.into});
+}
+
+template <class E, class W, class G, Major M>
+  requires detail::all_stored<W, G>
+void execute_impl(const Backend<E>& be,
+                  const Rows<loramix::detail::SmallProduct<float, W, G, Space::host, M>, Space::host>& op, Arena<>) {
+  const auto& b = op.body;
+  const MatrixView<const std::remove_const_t<W>> right = b.right;
+  detail::run_product(be, op, detail::FewRows<float, M, std::remove_const_t<W>, G>{b.left, right, b.out, b.into});
+}
+
+}  // namespace cpu
+}  // namespace LORAMIX_ABI
+}  // namespace loramix
