@@ -177,7 +177,7 @@ template <class E, class X, class W, Major M>
 void run_grouped(const Backend<E>& be, const GroupedContraction<X, W, M>& job, MatrixView<float> lanes) {
   const Selection& s = *job.selection;
   if (job.w.cols == 0) return set_zero(be, job.out);
-  if (job.by_dots(be.tuning, s, job.out.rows)) {
+  if (job.by_dots(be.tuning, job.out.rows)) {
     set_zero(be, job.out);
     be.run(s.chunks() * s.groups(),
            [&](Index i, Index lane) { job.run_dots(i / s.groups(), i % s.groups(), lanes.row(lane)); });
@@ -185,7 +185,7 @@ void run_grouped(const Backend<E>& be, const GroupedContraction<X, W, M>& job, M
   }
   const Cut cut(s.chunks(), be.lanes(), job.most_chunks(s), 1);
   be.run(cut.jobs,
-         [&](Index i, Index lane) { job.run_packed(cut.begin(i), cut.count(i, s.chunks()), lanes.row(lane)); });
+         [&](Index i, Index lane) { job.run_sweeps(cut.begin(i), cut.count(i, s.chunks()), lanes.row(lane)); });
 }
 template <class E, class Y, class W, Major M>
 void run_grouped(const Backend<E>& be, const GroupedSpread<Y, W, M>& spread, MatrixView<float> lanes) {

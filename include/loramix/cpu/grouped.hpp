@@ -33,10 +33,11 @@ struct GroupedContraction {
 
   static constexpr int dot_rows = RegisterTile::dot_rows, dot_columns = RegisterTile::dot_columns;
 
-  /// Whether the weights are read as they lie.
-  static bool by_dots(const Tuning& tuning, const Selection& s, Index tokens) {
-    return M == Major::row && (class_of(tuning, tokens) != TokenClass::many || s.most_ranks() <= width / 2);
+  /// Whether the weights are read as they lie: where they are read once, and in sweeps where a tile would be one packet wide.
+  static bool by_dots(const Tuning& tuning, Index tokens) {
+    return M == Major::row && class_of(tuning, tokens) != TokenClass::many;
   }
+  static bool swept_by_dots(const Selection& s) { return M == Major::row && s.most_ranks() <= width / 2; }
   static Index scratch(const Tuning& tuning, const Selection& s, Index depth, bool direct) {
     const Index columns = pitch(smaller(sweep_of(tuning), depth));
     const Index block = direct ? 0 : Selection::chunk * columns;
@@ -46,8 +47,8 @@ struct GroupedContraction {
   /// Chunks of one job.
   static Index most_chunks(const Selection& s) { return larger(1, most_sums / larger(1, sums_of(s))); }
 
-  /// Chunks [c0, c0 + n) by packed weights.
-  void run_packed(Index c0, Index n, float* scratch) const;
+  /// Chunks [c0, c0 + n), sweep by sweep.
+  void run_sweeps(Index c0, Index n, float* scratch) const;
 
   /// Group g of chunk c by dot products; out is zero where it is not written.
   void run_dots(Index c, Index g, float* scratch) const;
@@ -129,17 +130,61 @@ struct GroupedContraction {
     next = walk;
     c.store_to(sums, sums_stride);
   }
+  /// The same by dot products on the weights as they lie: columns [k, k + n).
+  void dot_chunk(Index c, Index k, Index n, const float* block, float* sums, RowWalk<X>& next) const {
+    const float* rows = block;
+    Index stride = pitch(n);
+    if (x.direct()) {
+      if constexpr (std::is_same_v<X, float>) rows = x.rows.row(c * Selection::chunk) + k;
+      stride = x.rows.stride;
+    }
+    const Index pitch_of_sums = padded(*selection);
+    for (Index g = 0; g < selection->groups(); ++g) {
+      const Selection::List list = selection->list(c, g);
+      const Index begin = selection->rank_begin(g);
+      in_steps<dot_columns>(selection->rank_count(g), [&](auto ranks, Index r) {
+        in_steps<dot_rows>(list.count, [&](auto m, Index i) {
+          dot_tile<m, ranks>(k, n, list.entries + i, rows, stride, begin + r,
+                             sums + (list.first_entry + i) * pitch_of_sums + r, pitch_of_sums, next);
+        });
+      });
+    }
+  }
+  template <int T, int N>
+  [[gnu::flatten, gnu::noinline]] void dot_tile(Index k, Index n, const Selection::Entry* entries, const float* rows,
+                                                Index stride, Index r, float* sums, Index pitch_of_sums,
+                                                RowWalk<X>& next) const {
+    if constexpr (M == Major::row) {
+      constexpr Index step = 8 * width;  // columns between requests for what comes next
+      RowWalk<X> walk = next;
+      Tile<T, N> tile;
+      tile.clear();
+      for (Index c = 0; c < n; c += step) {
+        const float* from[T];
+        for (int m = 0; m < T; ++m) from[m] = rows + entries[m].token * stride + c;
+        unroll<T * 2>([&](auto) { walk.template step<1>(0); });
+        dot(smaller(step, n - c), from, w.row(r) + k + c, w.stride, tile);
+      }
+      next = walk;
+      tile.each([&](int m, int j, Packet v) {
+        float& to = sums[m * pitch_of_sums + j];
+        to = k == 0 ? sum(v) : to + sum(v);
+      });
+    }
+  }
   void write(Index c, const float* sums) const {
     for (Index i = 0; i < selection->tokens(c); ++i) {
       float* const row = out.row(c * Selection::chunk + i);
       for (Index j = 0; j < out.cols; ++j) row[j] = 0;
     }
+    const Index pitch_of_sums = padded(*selection);
     for (Index g = 0; g < selection->groups(); ++g) {
       const Selection::List list = selection->list(c, g);
+      const Index begin = selection->rank_begin(g), ranks = selection->rank_count(g);
       for (Index i = 0; i < list.count; ++i) {
-        const float* const from = sums + (list.first_entry + i) * padded(*selection);
-        float* const to = out.row(c * Selection::chunk + list.entries[i].token) + selection->rank_begin(g);
-        for (Index j = 0; j < selection->rank_count(g); ++j) to[j] = scale * from[j];
+        const float* const from = sums + (list.first_entry + i) * pitch_of_sums;
+        float* const to = out.row(c * Selection::chunk + list.entries[i].token) + begin;
+        for (Index j = 0; j < ranks; ++j) to[j] = scale * from[j];
       }
     }
   }
@@ -172,21 +217,25 @@ struct GroupedContraction {
 };
 
 template <class X, class W, Major M>
-void GroupedContraction<X, W, M>::run_packed(Index c0, Index n, float* scratch) const {
+void GroupedContraction<X, W, M>::run_sweeps(Index c0, Index n, float* scratch) const {
   const Selection& s = *selection;
+  const bool by_dots = swept_by_dots(s);
   const Index per_chunk = sums_of(s);
   float* const sums = scratch;
   float* const panels = sums + n * per_chunk;
   for (Index k = 0; k < w.cols; k += sweep) {
     const Index columns = smaller(sweep, w.cols - k);
-    pack_groups(k, columns, panels);
+    if (!by_dots) pack_groups(k, columns, panels);
     float* const block = panels + packets_of(s) * width * columns;
     for (Index c = c0; c < c0 + n; ++c) {
       convert(c, k, columns, block);
       RowWalk<X> next{};
       if (x.direct() && c + 1 < c0 + n)
         next = {x.rows.row((c + 1) * Selection::chunk) + k, x.rows.stride, s.tokens(c + 1), columns};
-      sweep_chunk(c, k, columns, panels, block, sums + (c - c0) * per_chunk, next);
+      if (by_dots)
+        dot_chunk(c, k, columns, block, sums + (c - c0) * per_chunk, next);
+      else
+        sweep_chunk(c, k, columns, panels, block, sums + (c - c0) * per_chunk, next);
     }
   }
   for (Index c = c0; c < c0 + n; ++c) write(c, sums + (c - c0) * per_chunk);
@@ -234,6 +283,17 @@ struct GroupedSpread {
 
  private:
   static Index keep_pitch(Index columns) { return round_up(columns, 8 * width) / 8; }
+
+  /// y (+)= v, packet n of the panel at column c.
+  [[gnu::always_inline]] void put(Index t, Index c, Index wide, int n, Packet v) const {
+    Y* const out = all.y.row(t) + c + n * width;
+    const Index left = wide - n * width;
+    if (left >= width) {
+      store(out, all.into == Into::add ? add(load(out), v) : v);
+    } else if (left > 0) {
+      store_part(out, all.into == Into::add ? add(load_part(out, left), v) : v, left);
+    }
+  }
 
   /// Where a panel of weights lies.
   template <class Weight>
@@ -296,15 +356,7 @@ struct GroupedSpread {
       sum.set([&](int, int, Packet v) { return mul(factor, v); });
     }
     if (all.second.w.rows != 0) add_product(sum, all.second, 0, all.second.w.rows, weights.second, weights.second_step);
-    sum.each([&](int i, int j, Packet v) {
-      Y* const out = all.y.row(token(i)) + to.c + j * width;
-      const Index left = to.wide - j * width;
-      if (left >= width) {
-        store(out, all.into == Into::add ? add(load(out), v) : v);
-      } else if (left > 0) {
-        store_part(out, all.into == Into::add ? add(load_part(out, left), v) : v, left);
-      }
-    });
+    sum.each([&](int i, int j, Packet v) { put(token(i), to.c, to.wide, j, v); });
   }
 
   /// One panel of columns for the tokens of one chunk.
@@ -360,14 +412,13 @@ struct GroupedSpread {
     outer(all.second.w.rows, Rows3<T>(all.second.left.row(t), all.second.left.stride), Panel<Weight>{w, step}, sum);
     sum.each([&](int m, int j, Packet v) {
       float* const to = sums + m * panel + j * width;
-      store(to, add(scaled(place, token + m, j, load(to)), v));
+      store(to, add(scaled(place.keep + (token + m) * place.keep_pitch, j, load(to)), v));
     });
   }
-  /// v · scale, with dropout: what becomes of a packet of sums of the first product.
-  [[gnu::always_inline]] Packet scaled(const Place& place, Index token, int j, Packet v) const {
+  /// v · scale, with dropout: what becomes of packet j of a panel of sums of the first product.
+  [[gnu::always_inline]] Packet scaled(const std::uint8_t* keep, int j, Packet v) const {
     if (!all.dropout.on()) return mul(splat(all.scale), v);
-    const Packet kept = mul(splat(all.scale * static_cast<float>(all.dropout.kept_scale())), v);
-    return keep_lanes(kept, place.keep + token * place.keep_pitch, j * width);
+    return keep_lanes(mul(splat(all.scale * static_cast<float>(all.dropout.kept_scale())), v), keep, j * width);
   }
   /// y (+)= what was summed.
   void finish(const Place& place) const {
@@ -375,16 +426,9 @@ struct GroupedSpread {
     for (Index i = 0; i < selection->tokens(place.chunk); ++i) {
       const Index t = place.chunk * Selection::chunk + i;
       if (all.idle != nullptr && all.idle[t] != 0) continue;
-      Y* const to = all.y.row(t) + place.c;
       for (int j = 0; j < packets; ++j) {
-        Packet v = load(place.partial + i * panel + j * width);
-        if (!side) v = scaled(place, i, j, v);
-        const Index n = place.wide - j * width;
-        if (n >= width) {
-          store(to + j * width, all.into == Into::add ? add(load(to + j * width), v) : v);
-        } else if (n > 0) {
-          store_part(to + j * width, all.into == Into::add ? add(load_part(to + j * width, n), v) : v, n);
-        }
+        const Packet v = load(place.partial + i * panel + j * width);
+        put(t, place.c, place.wide, j, side ? v : scaled(place.keep + i * place.keep_pitch, j, v));
       }
     }
   }
@@ -446,68 +490,51 @@ struct GroupedTokenSum {
   static constexpr Index sweep = 1008;  // columns of a job: a multiple of every panel, and of 8
   static constexpr Index ranks_of_job = 128;
 
-  /// Chunks whose tokens are added together, and tokens that are where groups share ranks.
-  static constexpr Index together = 2, most_in_sum = 48;
-  static constexpr Index pointers = together * Selection::chunk * sizeof(float*) / sizeof(float);
+  /// Chunks whose tokens are in one list, and tokens of a list that are added together; fewer where lists are long.
+  static constexpr Index together = 2, most_in_sum = 80, few_in_sum = 48;
 
   /// Groups of one job: as many as have at most `ranks_of_job` ranks, one at least; all, where groups share ranks.
   static Index groups_of_job(const Selection& s) {
     return s.share_ranks() ? larger(1, s.groups()) : larger(1, ranks_of_job / larger(1, s.most_ranks()));
   }
   static Index scratch(const Selection& s) {
-    const Index tokens = together * Selection::chunk, lefts = round_up(s.most_ranks(), rows);
-    if (s.share_ranks()) return s.most_ranks() * sweep + most_in_sum * (lefts + sweep + 9 * width);
-    return pointers + larger(ranks_of_job, s.most_ranks()) * sweep + tokens * (lefts + panel) +
-           Selection::chunk * (sweep + 8 * width);
+    return larger(ranks_of_job, s.most_ranks()) * sweep + most_in_sum * (round_up(s.most_ranks(), rows) + panel) +
+           Selection::chunk * pitch(sweep);
   }
 
   /// Groups [g0, g0 + groups) × columns [c0, c0 + columns), all tokens.
   void run(Index g0, Index groups, Index c0, Index columns, float* scratch) const;
 
  private:
-  /// Where groups share ranks, all of them: list by list, as a dense sum over that list's tokens.
-  void run_prefixes(Index c0, Index columns, float* scratch) const;
-  /// Some tokens of a list.
+  static constexpr Index pitch(Index columns) { return round_up(columns, 8 * width); }
+
+  /// Some chunks' rows of x̂, as they lie or converted.
+  struct Rows {
+    Index first_token;
+    const float* p;
+    Index stride;
+  };
+  /// Tokens of a list that are added together, counted from the first of the chunks.
   struct Tokens {
-    Index t[most_in_sum];
+    const std::uint16_t* t;
     Index n;
     bool consecutive() const { return t[n - 1] - t[0] == n - 1; }
   };
-  void add_tokens(const Tokens& tokens, Index ranks, Index c0, Index columns, float* sums, float* scratch,
-                  RowWalk<X>& next) const;
 
-  /// f(token) for the tokens of group g in some chunks.
-  template <class F>
-  void each_entry(Index c, Index chunks, Index g, F&& f) const {
-    for (Index i = c; i < c + chunks; ++i) {
-      const Selection::List list = selection->list(i, g);
-      for (Index j = 0; j < list.count; ++j) f(i * Selection::chunk + list.entries[j].token);
+  void add(const Rows& from, const Tokens& tokens, Index g, Index columns, float* sums, float* scratch,
+           RowWalk<X>& next) const;
+  /// to[i][j] = row i of the tokens, column c + j; zeros from `wide` on.
+  static void copy(const Rows& from, const Tokens& tokens, Index c, Index wide, float* to) {
+    for (Index i = 0; i < tokens.n; ++i, to += panel) {
+      const float* const row = from.p + tokens.t[i] * from.stride + c;
+      for (Index j = 0; j < panel; j += width) {
+        const Index rest = wide - j;
+        store(to + j, rest >= width ? load(row + j) : rest > 0 ? load_part(row + j, rest) : splat(0));
+      }
     }
   }
-  /// lefts[r / rows][i][r mod rows] of the group's tokens; returns their number.
-  Index gather(Index c, Index chunks, Index g, float* lefts) const {
-    const Index ranks = selection->rank_count(g);
-    Index count = 0, i = 0;
-    for (Index j = c; j < c + chunks; ++j) count += selection->list(j, g).count;
-    each_entry(c, chunks, g, [&](Index token) {
-      const float* const from = left.row(token) + selection->rank_begin(g);
-      for (Index r = 0; r < ranks; ++r) lefts[(r / rows * count + i) * rows + r % rows] = from[r];
-      ++i;
-    });
-    return count;
-  }
-  /// Columns [begin, end) of the sums; list_rows point at column `origin`.
-  void add(Index g, Index n, const float* const* list_rows, Index begin, Index end, Index origin, const float* lefts,
-           float* sums, RowWalk<X>& next) const {
-    for (Index c = begin; c < end; c += panel) {
-      in_steps<rows>(selection->rank_count(g), [&](auto m, Index r) {
-        tile<m, packets>(n, lefts + r / rows * rows * n + r % rows, PanelList{list_rows, c - origin},
-                         sums + r * sweep + c, next);
-      });
-    }
-  }
-  template <int R, int N, class From>
-  [[gnu::flatten, gnu::noinline]] static void tile(Index n, const float* lefts, const From from, float* sums,
+  template <int R, int N>
+  [[gnu::flatten, gnu::noinline]] static void tile(Index n, const float* lefts, const Panel<float> from, float* sums,
                                                    RowWalk<X>& next) {
     Tile<R, N> sum;
     sum.load_from(sums, sweep);
@@ -516,145 +543,81 @@ struct GroupedTokenSum {
     next = walk;
     sum.store_to(sums, sweep);
   }
-  /// out (+)= scale · sums.
-  void write_out(Index r0, Index ranks, Index c0, Index columns, const float* sums) const {
-    for (Index r = 0; r < ranks; ++r) {
-      for (Index j = 0; j < columns; ++j) {
-        G& cell = out(r0 + r, c0 + j);
-        const float value = scale * sums[r * sweep + j];
-        cell = narrow<G>(into == Into::add ? widen<float>(cell) + value : value);
-      }
-    }
-  }
 };
 
 template <class X, class G, Major M>
-void GroupedTokenSum<X, G, M>::add_tokens(const Tokens& tokens, Index ranks, Index c0, Index columns, float* sums,
-                                          float* scratch, RowWalk<X>& next) const {
-  const Index n = tokens.n;
+void GroupedTokenSum<X, G, M>::add(const Rows& from, const Tokens& tokens, Index g, Index columns, float* sums,
+                                   float* scratch, RowWalk<X>& next) const {
+  const Index n = tokens.n, ranks = selection->rank_count(g);
   float* const lefts = scratch;  // [ranks / rows][n][rows]
   float* const block = lefts + round_up(ranks, rows) * most_in_sum;
-  for (Index r = 0; r < ranks; r += rows) {
-    for (Index i = 0; i < n; ++i) {
-      std::copy_n(left.row(tokens.t[i]) + r, smaller(rows, ranks - r), lefts + r * n + i * rows);
-    }
+  for (Index i = 0; i < n; ++i) {
+    const float* const row = left.row(from.first_token + tokens.t[i]) + selection->rank_begin(g);
+    for (Index r = 0; r < ranks; r += rows) std::copy_n(row + r, smaller(rows, ranks - r), lefts + r * n + i * rows);
   }
-  const Index pitch = round_up(columns, panel) + 8 * width;
-  for (Index i = 0; !x.direct() && i < n; ++i) {
-    float* const row = block + i * pitch;
-    x.convert(tokens.t[i], c0, columns, row);
-    for (Index j = columns; j < round_up(columns, panel); ++j) row[j] = 0;
-  }
-  const bool consecutive = tokens.consecutive();
+  const bool in_place = tokens.consecutive() && ranks <= TokenSum<X, G, M>::few_ranks;
   for (Index c = 0; c < columns; c += panel) {
-    const float* from = block + c;
-    Index step = pitch;
-    if constexpr (std::is_same_v<X, float>) {
-      const Index wide = smaller(panel, columns - c);
-      if (x.direct() && consecutive && wide == panel && ranks <= TokenSum<X, G, M>::few_ranks) {
-        from = x.rows.row(tokens.t[0]) + c0 + c;
-        step = x.rows.stride;
-      } else if (x.direct()) {
-        from = block;
-        step = panel;
-        for (Index i = 0; i < n; ++i) {
-          const float* const row = x.rows.row(tokens.t[i]) + c0 + c;
-          for (Index j = 0; j < panel; j += width) {
-            const Index rest = wide - j;
-            store(block + i * panel + j, rest >= width ? load(row + j)
-                                         : rest > 0    ? load_part(row + j, rest)
-                                                       : splat(0));
-          }
-        }
-      }
+    const Index wide = smaller(panel, columns - c);
+    Panel<float> rows_of{from.p + tokens.t[0] * from.stride + c, from.stride};
+    if (!in_place || wide < panel) {
+      copy(from, tokens, c, wide, block);
+      rows_of = {block, panel};
     }
     in_steps<rows>(ranks, [&](auto m, Index r) {
-      tile<m, packets>(n, lefts + r / rows * rows * n + r % rows, Panel<float>{from, step}, sums + r * sweep + c, next);
+      tile<m, packets>(n, lefts + r / rows * rows * n + r % rows, rows_of, sums + r * sweep + c, next);
     });
   }
 }
 
 template <class X, class G, Major M>
-void GroupedTokenSum<X, G, M>::run_prefixes(Index c0, Index columns, float* scratch) const {
-  const Selection& s = *selection;
-  const Index ranks = s.most_ranks();
-  float* const sums = scratch;  // [ranks, sweep]
-  std::fill_n(sums, ranks * sweep, 0.f);
-  for (Index c = 0; c < s.chunks(); c += together) {
-    const Index chunks = smaller(together, s.chunks() - c), behind = (c + chunks) * Selection::chunk;
-    Index done = 0;
-    for (Index g = 0; g < s.groups(); ++g) {
-      Tokens tokens;
-      tokens.n = 0;
-      const auto flush = [&] {
-        if (tokens.n == 0) return;
-        // What is read next: the rows behind these, or, where lists take turns, those behind these chunks.
-        const Index next_token = tokens.consecutive() ? tokens.t[tokens.n - 1] + 1 : behind + done;
-        RowWalk<X> next{};
-        if (x.direct() && next_token < x.rows.rows)
-          next = {x.rows.row(next_token) + c0, x.rows.stride, smaller(tokens.n, x.rows.rows - next_token), columns};
-        done += tokens.n;
-        add_tokens(tokens, s.rank_count(g), c0, columns, sums, sums + ranks * sweep, next);
-        tokens.n = 0;
-      };
-      each_entry(c, chunks, g, [&](Index token) {
-        tokens.t[tokens.n++] = token;
-        if (tokens.n == most_in_sum) flush();
-      });
-      flush();
-    }
-  }
-  write_out(0, ranks, c0, columns, sums);
-}
-
-template <class X, class G, Major M>
 void GroupedTokenSum<X, G, M>::run(Index g0, Index groups, Index c0, Index columns, float* scratch) const {
-  if (selection->share_ranks()) return run_prefixes(c0, columns, scratch);
   const Selection& s = *selection;
   const Index r0 = s.rank_begin(g0), ranks = s.rank_begin(g0 + groups - 1) + s.rank_count(g0 + groups - 1) - r0;
-  const float** const list_rows = reinterpret_cast<const float**>(scratch);
-  float* const sums = scratch + pointers;                                                    // [ranks, sweep]
-  float* const lefts = sums + ranks * sweep;                                                 // of one list
-  float* const tail = lefts + together * Selection::chunk * round_up(s.most_ranks(), rows);  // the last, partial panel
-  float* const block = tail + together * Selection::chunk * panel;
-  for (Index i = 0; i < ranks * sweep; ++i) sums[i] = 0;
-  const Index step = x.direct() ? together : 1, whole = columns / panel * panel;
+  float* const sums = scratch;  // [ranks, sweep]
+  float* const converted = sums + ranks * sweep;
+  float* const rest = converted + (x.direct() ? 0 : Selection::chunk * pitch(columns));
+  std::fill_n(sums, ranks * sweep, 0.f);
+  const Index step = x.direct() ? together : 1;
   for (Index c = 0; c < s.chunks(); c += step) {
-    const Index chunks = smaller(step, s.chunks() - c), t0 = c * Selection::chunk;
-    const Index tokens = (chunks - 1) * Selection::chunk + s.tokens(c + chunks - 1);
-    const float* x_rows = block;
-    Index stride = round_up(columns, 8 * width);
+    const Index chunks = smaller(step, s.chunks() - c), t0 = c * Selection::chunk, end = t0 + chunks * Selection::chunk;
+    Rows from{t0, converted, pitch(columns)};
     if (x.direct()) {
-      if constexpr (std::is_same_v<X, float>) x_rows = x.rows.row(t0) + c0;
-      stride = x.rows.stride;
+      if constexpr (std::is_same_v<X, float>) from.p = x.rows.row(t0) + c0;
+      from.stride = x.rows.stride;
     } else {
-      for (Index i = 0; i < tokens; ++i) x.convert(t0 + i, c0, columns, block + i * stride);
+      for (Index i = 0; i < s.tokens(c); ++i) x.convert(t0 + i, c0, columns, converted + i * pitch(columns));
     }
-    for (Index i = 0; whole < columns && i < tokens; ++i) {
-      for (Index j = 0; j < panel; ++j) {
-        tail[i * panel + j] = whole + j < columns ? x_rows[i * stride + whole + j] : 0.f;
+    Index done = 0;
+    for (Index g = g0; g < g0 + groups; ++g) {
+      std::uint16_t listed[together * Selection::chunk];
+      Index count = 0;
+      for (Index i = 0; i < chunks; ++i) {
+        const Selection::List list = s.list(c + i, g);
+        for (Index j = 0; j < list.count; ++j) {
+          listed[count++] = static_cast<std::uint16_t>(i * Selection::chunk + list.entries[j].token);
+        }
+      }
+      const Cut cut(count, 1, s.share_ranks() ? few_in_sum : most_in_sum, 1);
+      for (Index i = 0; i < cut.jobs; ++i) {
+        const Tokens tokens{listed + cut.begin(i), cut.count(i, count)};
+        // What is read next: the rows behind these, or, where lists take turns, those behind these chunks.
+        const Index behind = tokens.consecutive() ? t0 + tokens.t[tokens.n - 1] + 1 : end + done;
+        RowWalk<X> next{};
+        if (x.direct() && behind < x.rows.rows) {
+          next = {x.rows.row(behind) + c0, x.rows.stride, smaller(tokens.n, x.rows.rows - behind), columns};
+        }
+        done += tokens.n;
+        add(from, tokens, g, columns, sums + (s.rank_begin(g) - r0) * sweep, rest, next);
       }
     }
-    RowWalk<X> next{};
-    if (x.direct() && c + step < s.chunks()) {
-      next = {x.rows.row((c + step) * Selection::chunk) + c0, x.rows.stride,
-              smaller(step * Selection::chunk, x.rows.rows - (c + step) * Selection::chunk), columns};
-    }
-    for (Index g = g0; g < g0 + groups; ++g) {
-      const Index n = gather(c, chunks, g, lefts);
-      float* const of_group = sums + (s.rank_begin(g) - r0) * sweep;
-      const auto rows_of = [&](const float* from, Index from_stride) {
-        Index i = 0;
-        each_entry(c, chunks, g, [&](Index token) { list_rows[i++] = from + (token - t0) * from_stride; });
-      };
-      rows_of(x_rows, stride);
-      add(g, n, list_rows, 0, whole, 0, lefts, of_group, next);
-      if (whole == columns) continue;
-      rows_of(tail, panel);
-      add(g, n, list_rows, whole, whole + panel, whole, lefts, of_group, next);
+  }
+  for (Index r = 0; r < ranks; ++r) {
+    for (Index j = 0; j < columns; ++j) {
+      G& cell = out(r0 + r, c0 + j);
+      const float value = scale * sums[r * sweep + j];
+      cell = narrow<G>(into == Into::add ? widen<float>(cell) + value : value);
     }
   }
-  write_out(r0, ranks, c0, columns, sums);
 }
 
 }  // namespace detail
