@@ -2,10 +2,11 @@
 // emulator, whose statistics bench/gpu/counters reads.
 //
 //   SCALAR    float, tf32 (float on tensor cores), bfloat16, half
-//   ADAPTER   lora-16, dense-32, top-64, …: kind and total rank; mixtures have 8 experts, top is top-2
+//   ADAPTER   lora-16, dense-32, top-64, top16-512, …: kind, experts of a mixture (8) and total rank; top is top-2
 //   PASS      forward; train (a forward that saves); step (train, and its backward)
 #include <cstdio>
 #include <cstdlib>
+#include <random>
 #include <string>
 #include <vector>
 
@@ -21,14 +22,17 @@ using lm::Index;
 namespace {
 
 constexpr lm::Space device = lm::Space::device;
-constexpr Index width = 4096, experts = 8;
+constexpr Index width = 4096;
 
-/// Values between −1 and 1 that repeat after 251.
+/// Values between −1 and 1 that repeat after 251, or, so that tokens choose at random, drawn.
 template <class T>
-lm::Buffer<T, device> pattern(Index n) {
+lm::Buffer<T, device> pattern(Index n, bool drawn) {
   std::vector<T> host(static_cast<std::size_t>(n));
-  for (Index i = 0; i < n; ++i)
-    host[static_cast<std::size_t>(i)] = lm::narrow<T>(static_cast<float>(i % 251 - 125) / 128);
+  std::mt19937 random(1);
+  for (T& value : host) {
+    const auto i = static_cast<Index>(&value - host.data());
+    value = lm::narrow<T>(drawn ? static_cast<float>(random() >> 24) / 128 - 1 : static_cast<float>(i % 251 - 125) / 128);
+  }
   lm::Buffer<T, device> there(n);
   lm::gpu::copy(lm::VectorView<const T>(host.data(), n), there.view());
   return there;
@@ -41,11 +45,13 @@ void run(const typename A::Config& config, Index tokens, const std::string& pass
   lm::gpu::Tickets tickets;
   const lm::gpu::Backend be{.tickets = tickets.address(), .tuning = {.tf32 = tf32}};
   Adapter adapter(config);
-  const auto weights = pattern<typename A::element>(adapter.parameters().size);
+  bool drawn = false;
+  if constexpr (requires { config.rule; }) drawn = config.experts != 8;
+  const auto weights = pattern<typename A::element>(adapter.parameters().size, drawn);
   lm::gpu::copy(weights.view(), adapter.parameters());
   auto gradient = lm::zeros_like(adapter);
-  auto x = pattern<X>(tokens * width), y = pattern<X>(tokens * width), dy = pattern<X>(tokens * width),
-       dx = pattern<X>(tokens * width);
+  const auto rows = [&] { return pattern<X>(tokens * width, drawn); };
+  auto x = rows(), y = rows(), dy = rows(), dx = rows();
   const auto view = [tokens](auto& buffer) { return lm::MatrixView<X, device>(buffer.data(), tokens, width); };
   lm::Buffer<std::byte, device> work(lm::workspace_bytes(be, adapter, tokens, lm::Pass::backward));
   lm::Buffer<std::byte, device> kept(lm::reserve_bytes(adapter, tokens));
@@ -61,7 +67,9 @@ template <class P>
 void run_adapter(const std::string& adapter, Index tokens, const std::string& pass, bool tf32 = false) {
   const auto dash = adapter.find('-');
   const Index rank = std::atoi(adapter.c_str() + dash + 1);
-  const std::string kind = adapter.substr(0, dash);
+  const auto digits = adapter.find_first_of("0123456789");
+  const std::string kind = adapter.substr(0, digits < dash ? digits : dash);
+  const Index experts = digits < dash ? std::atoi(adapter.c_str() + digits) : 8;
   if (kind == "lora") run<lm::Lora<P>>({.d_in = width, .d_out = width, .rank = rank}, tokens, pass, tf32);
   if (kind == "dense") run<lm::LoraMoe<P>>({width, width, experts, rank / experts}, tokens, pass, tf32);
   if (kind == "top") run<lm::Mola<P>>({width, width, experts, rank / experts}, tokens, pass, tf32);

@@ -36,6 +36,9 @@ const Cut narrow{.tuning = {.machine = {.shared_bytes = 74 << 10}}, .width = 264
 const Cut selecting{.tuning = {.dense_ranks = 0}, .width = 264};
 const Cut selecting_fine{.tuning = {.machine = {.multiprocessors = 1000}, .block_bytes = 1, .dense_ranks = 0},
                          .width = 264};
+/// In so little shared memory that expand has no room for its sums, or for one unit of ranks at a time.
+const Cut selecting_narrow{.tuning = {.machine = {.shared_bytes = 74 << 10}, .dense_ranks = 0}, .width = 264};
+const Cut selecting_close{.tuning = {.machine = {.shared_bytes = 116 << 10}, .dense_ranks = 0}, .width = 264};
 
 }  // namespace
 
@@ -68,6 +71,8 @@ TEST_CASE("selecting ranks tile by tile the gated product conforms") {
   conforms<lm::bfloat16>(7, 11, selecting_fine);
   conforms<lm::half>(0, 11, selecting);
   conforms<lm::Precision<lm::bfloat16, float>>(3, 11, selecting_fine);
+  conforms<lm::bfloat16>(1, 11, selecting_narrow);
+  conforms<lm::bfloat16>(2, 11, selecting_close);
 }
 
 TEST_CASE("composed, the gated product conforms: float") { conforms<float>(1, 5, composed); }

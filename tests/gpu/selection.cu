@@ -3,7 +3,10 @@
 #include <cstring>
 #include <limits>
 #include <random>
+#include <string>
+#include <utility>
 
+#include <loramix/adapter/explain.hpp>
 #include <loramix/adapter/forward.hpp>
 #include <loramix/adapter/mola.hpp>
 #include <loramix/gate/gates.hpp>
@@ -112,61 +115,116 @@ TEST_CASE_TEMPLATE("one expert per segment: what no token of a tile asks for is 
   CHECK(gpu.release());
 }
 
-TEST_CASE("more ranks than are dense: the router first, one launch more, the same numbers") {
-  using A = lm::Mola<lm::bfloat16>;
-  using Adapter = A::rebind<lm::bfloat16, device>;
-  constexpr Index tokens = 70, d_in = 96, d_out = 72;
-  GpuHarness gpu;
-  Adapter adapter({.d_in = d_in, .d_out = d_out, .experts = 33, .rank = 8, .alpha = 16, .dropout = 0.25});
-  const auto values = draw<lm::bfloat16>(adapter.parameters().size, 7);
-  lm::gpu::copy(lm::VectorView<const lm::bfloat16>(values.data(), adapter.parameters().size), adapter.parameters());
-  const lm::MatrixView<const lm::bfloat16, device> x{gpu.upload(draw<lm::bfloat16>(tokens * d_in, 8)), tokens, d_in},
-      dy{gpu.upload(draw<lm::bfloat16>(tokens * d_out, 9)), tokens, d_out};
+namespace {
+
+/// A top-2 mixture of more ranks than are dense.
+struct Grouped {
+  using T = lm::bfloat16;
+  using Adapter = lm::Mola<T>::rebind<T, device>;
+  static constexpr Index tokens = 70, d_in = 96, d_out = 72;
   struct Run {
-    std::vector<lm::bfloat16> y, dx;
+    std::vector<T> y, dx;
     std::vector<float> gradient;
     int forward, backward;
   };
-  const auto run = [&](Index dense_ranks) {
-    gpu.tuning.dense_ranks = dense_ranks;
+
+  GpuHarness gpu;
+  Adapter adapter;
+  std::vector<T> x = draw<T>(tokens * d_in, 8), dy = draw<T>(tokens * d_out, 9);
+
+  Grouped(Index experts, Index rank)
+      : adapter({.d_in = d_in, .d_out = d_out, .experts = experts, .rank = rank, .alpha = 16, .dropout = 0.25}) {
+    const auto values = draw<T>(adapter.parameters().size, 7);
+    lm::gpu::copy(lm::VectorView<const T>(values.data(), adapter.parameters().size), adapter.parameters());
+  }
+  Run run(const lm::gpu::Tuning& tuning) {
+    gpu.tuning = tuning;
     const lm::gpu::Backend be = gpu.backend();
     auto gradient = lm::zeros_like(adapter);
-    Run r{std::vector<lm::bfloat16>(tokens * d_out), std::vector<lm::bfloat16>(tokens * d_in),
+    Run r{std::vector<T>(tokens * d_out), std::vector<T>(tokens * d_in),
           std::vector<float>(static_cast<std::size_t>(gradient.parameters().size)), 0, 0};
-    const lm::MatrixView<lm::bfloat16, device> y{gpu.upload(r.y), tokens, d_out}, dx{gpu.upload(r.dx), tokens, d_in};
+    const lm::MatrixView<const T, device> in{gpu.upload(x), tokens, d_in}, out{gpu.upload(dy), tokens, d_out};
+    const lm::MatrixView<T, device> y{gpu.upload(r.y), tokens, d_out}, dx{gpu.upload(r.dx), tokens, d_in};
     const auto work = gpu.arena(lm::workspace_bytes(be, adapter, tokens, lm::Pass::backward));
     auto reserve = gpu.arena(lm::reserve_bytes(adapter, tokens));
     const int start = launches();
-    auto saved = lm::forward(be, adapter, x, y, work, {.save = &reserve, .key = {.seed = 3}});
+    auto saved = lm::forward(be, adapter, in, y, work, {.save = &reserve, .key = {.seed = 3}});
     r.forward = launches() - start;
-    lm::backward(be, adapter, saved, x, dy, dx, gradient, work);
+    lm::backward(be, adapter, saved, in, out, dx, gradient, work);
     r.backward = launches() - start - r.forward;
     gpu.download(y.data, r.y);
     gpu.download(dx.data, r.dx);
     gpu.download(gradient.parameters().data, r.gradient);
     return r;
-  };
-  const Run dense = run(1000), selecting = run(256);
-  CHECK(dense.forward == 2);
-  CHECK(selecting.forward == 3);
-  CHECK(dense.backward == 4);
-  CHECK(selecting.backward == 4);
-  // The router's rows are summed by themselves, in another order: weights and their gradients differ by some 96 roundings, what
-  // is stored in 16 bits by one more.
-  const auto check_near = [](const auto& got, const auto& want, double rounding) {
-    double largest = 0, worst = 0;
-    for (std::size_t i = 0; i < want.size(); ++i) {
-      const double w = static_cast<double>(lm::widen<float>(want[i])),
-                   g = static_cast<double>(lm::widen<float>(got[i]));
-      largest = std::fmax(largest, std::abs(w));
-      const double off = std::abs(g - w) - rounding * std::abs(w);
-      if (!(off <= worst)) worst = off;
+  }
+};
+
+}  // namespace
+
+TEST_CASE("more ranks than are dense: the router first, one launch more, grouped by expert, the same numbers") {
+  for (const auto& [experts, rank] : {std::pair<Index, Index>{33, 8}, {20, 32}}) {
+    CAPTURE(experts);
+    Grouped test(experts, rank);
+    const auto dense = test.run({.dense_ranks = 1000}), grouped = test.run({}), composed = test.run({.fused = false});
+    const auto path = [&] { return std::string(lm::explain(test.gpu.backend(), test.adapter, 70).facts.path); };
+    CHECK(path().find("composed") != std::string::npos);
+    test.gpu.tuning = {};
+    CHECK(path().find("grouped") != std::string::npos);
+    test.gpu.tuning.dense_ranks = 1000;
+    CHECK(path().find("grouped") == std::string::npos);
+    CHECK(dense.forward == 2);
+    CHECK(grouped.forward == 3);
+    CHECK(dense.backward == 4);
+    CHECK(grouped.backward == 4);
+    // The router's rows are summed by themselves, in another order: weights and their gradients differ by some 96 roundings, what
+    // is stored in 16 bits by one more.
+    const auto check_near = [](const auto& got, const auto& want, double rounding) {
+      double largest = 0, worst = 0;
+      for (std::size_t i = 0; i < want.size(); ++i) {
+        const double w = static_cast<double>(lm::widen<float>(want[i])),
+                     g = static_cast<double>(lm::widen<float>(got[i]));
+        largest = std::fmax(largest, std::abs(w));
+        const double off = std::abs(g - w) - rounding * std::abs(w);
+        if (!(off <= worst)) worst = off;
+      }
+      CHECK(largest > 0.1);
+      CHECK(worst <= 96 * 0x1p-22 * largest);
+    };
+    for (const Grouped::Run* want : {&dense, &composed}) {
+      check_near(grouped.y, want->y, 0x1p-7);
+      check_near(grouped.dx, want->dx, 0x1p-7);
+      check_near(grouped.gradient, want->gradient, 0);
     }
-    CHECK(largest > 0.1);
-    CHECK(worst <= 96 * 0x1p-22 * largest);
-  };
-  check_near(selecting.y, dense.y, 0x1p-7);
-  check_near(selecting.dx, dense.dx, 0x1p-7);
-  check_near(selecting.gradient, dense.gradient, 0);
-  CHECK(gpu.release());
+    CHECK(test.gpu.release());
+  }
+}
+
+TEST_CASE("grouped by expert, what other tokens choose changes no bit of a token") {
+  for (const auto& [experts, rank] : {std::pair<Index, Index>{33, 8}, {20, 32}}) {
+    CAPTURE(experts);
+    Grouped test(experts, rank);
+    const auto before = test.run({});
+    const auto others = draw<Grouped::T>(Grouped::tokens * Grouped::d_in, 18);
+    const auto kept = [](Index t) { return t % 5 == 2; };
+    for (Index i = 0; i < Grouped::tokens * Grouped::d_in; ++i) {
+      if (!kept(i / Grouped::d_in)) test.x[static_cast<std::size_t>(i)] = others[static_cast<std::size_t>(i)];
+    }
+    const auto after = test.run({});
+    Index different = 0;
+    for (Index i = 0; i < Grouped::tokens * Grouped::d_out; ++i) {
+      const bool same = before.y[static_cast<std::size_t>(i)] == after.y[static_cast<std::size_t>(i)];
+      if (kept(i / Grouped::d_out)) CHECK(same);
+      different += !same;
+    }
+    for (Index i = 0; i < Grouped::tokens * Grouped::d_in; ++i) {
+      if (kept(i / Grouped::d_in))
+        CHECK(before.dx[static_cast<std::size_t>(i)] == after.dx[static_cast<std::size_t>(i)]);
+    }
+    CHECK(different > Grouped::tokens * Grouped::d_out / 2);
+    const auto again = test.run({});
+    CHECK(same_bits(again.y, after.y));
+    CHECK(same_bits(again.dx, after.dx));
+    CHECK(same_bits(again.gradient, after.gradient));
+    CHECK(test.gpu.release());
+  }
 }

@@ -103,8 +103,9 @@ __device__ void expand(const Ranks& ranks, const Matrix<W, M>& B, float scale, I
   for (int s = 0; s < Strip::ahead; ++s) request(s);
   const Index left = ranks.u.rows - token;
   const int rows = left < 0 ? 0 : left < detail::tile_rows ? static_cast<int>(left) : detail::tile_rows;
-  detail::fill_rank_tile(ranks, token, rows, detail::tile_rows, steps * detail::tile_step, tile, pitch, true,
-                         [](int c) { return c; });
+  detail::fill_rank_tile(
+      ranks, [token](int i) { return token + i; }, rows, detail::tile_rows, steps * detail::tile_step, tile, pitch,
+      true, [](int c) { return c; });
   for (int i = warp; i < rows; i += warps) {  // what the same lane has filled
     for (int c = lane.id; c < steps * detail::tile_step; c += warp_width) tile[i * pitch + c] *= scale;
   }

@@ -98,15 +98,16 @@ ShrinkPlan plan_shrink(const Tuning& tuning, Index tokens, Index width, int colu
   using Block = ShrinkBlock<Math, true>;
   ShrinkPlan plan;
   while (plan.group < 256 && plan.group < columns &&
-         Block::shared_bytes(2 * plan.group, copy_of_x) <= tuning.machine.shared_bytes) {
+         Block::shared_bytes(2 * plan.group, copy_of_x) + Block::own_bytes <= tuning.machine.shared_bytes) {
     plan.group *= 2;
   }
   plan.tiles = ceil_div(tokens, tile_rows);
   plan.groups = ceil_div(columns, plan.group);
-  // A tile streams x and the weights; what a chunk leaves is written and read, and the row stage moves some of it again.
+  // A block streams x and its weights; what a chunk leaves is written and read, and the row stage moves some of it again.
   const Index x = class_tokens(tokens) * width * Index{sizeof(typename Math::Left)};
-  const Index weights = columns * width * Index{sizeof(typename Math::Right)};
-  const Index sums = class_tokens(tokens) * columns * Index{sizeof(float)} * 5 / 2;
+  const Index own = columns < plan.group ? columns : plan.group;
+  const Index weights = own * width * Index{sizeof(typename Math::Right)};
+  const Index sums = class_tokens(tokens) * own * Index{sizeof(float)} * 5 / 2;
   plan.chunks = static_cast<int>(parts_for(tuning, x + weights, x, sums, ceil_div(width, shrink_stage)));
   plan.chunk = round_up(width < 1 ? 1 : ceil_div(width, plan.chunks), shrink_stage);
   plan.chunks = static_cast<int>(width < 1 ? 1 : ceil_div(width, plan.chunk));
@@ -206,18 +207,19 @@ void execute(const Backend& be, const Shrink<X, W, Acc, Score, Space::device>& o
 
 // ---- expand ----------------------------------------------------------------------------------------------------------
 
-/// Tokens of y, and how many columns a block takes.
-template <class Math, class Y, bool by_column>
-void launch_expand(const Backend& be, ExpandTask<Y, typename Math::Right> task) {
-  using Block = ExpandBlock<Math, Y, by_column>;
+/// Tokens of y, and how many columns a block takes; false, and nothing is launched, where a block has no room.
+template <class Math, class Y, bool by_column, bool sparse>
+bool launch_expand_kernel(const Backend& be, ExpandTask<Y, typename Math::Right> task) {
+  using Block = ExpandBlock<Math, Y, by_column, sparse>;
   const Tuning& tuning = be.tuning;
   const Index steps = task.ranks.steps(), all = ceil_div(task.y.cols, strip_warps * tile_cols);
   const Index tiles = ceil_div(task.y.rows, tile_rows);
-  if (tiles == 0 || all == 0) return;
-  if (steps == 0 && task.into == Into::add) return;
-  const auto shared_bytes = [&] { return Block::shared_bytes(task.window, task.ranks.sparse); };
-  task.window = static_cast<int>(steps < 2 ? 2 : round_up(steps, 2));
-  while (task.window > 2 && shared_bytes() > tuning.machine.shared_bytes) task.window -= 2;
+  if constexpr (sparse) task.unit = steps_of_unit(task.ranks.gate);
+  const int least = sparse ? task.unit : 2, units = task.ranks.padded / tile_step / task.unit;
+  const auto shared_bytes = [&] { return Block::shared_bytes(task.window, units); };
+  task.window = static_cast<int>(steps < least ? least : round_up(steps, least));
+  while (task.window > least && shared_bytes() > tuning.machine.shared_bytes) task.window -= least;
+  if (sparse && shared_bytes() > tuning.machine.shared_bytes) return false;
   task.aligned = reinterpret_cast<std::uintptr_t>(task.y.data) % 16 == 0 && task.y.stride * Index{sizeof(Y)} % 16 == 0;
   // Blocks side by side read ũ again each; more than fill the device are of no use.
   const Index tokens = task.y.rows < tile_rows ? task.y.rows : tile_rows, ranks = steps * tile_step;
@@ -228,8 +230,16 @@ void launch_expand(const Backend& be, ExpandTask<Y, typename Math::Right> task) 
   if (steps > task.window) blocks = all;  // ũ does not stay in shared memory: one tile of columns per block
   blocks = blocks < 1 ? 1 : blocks < all ? blocks : all;
   task.tiles = static_cast<int>(ceil_div(all, blocks));
-  launch(be, "expand_kernel", &expand_kernel<Math, Y, by_column>,
+  launch(be, "expand_kernel", &expand_kernel<Math, Y, by_column, sparse>,
          dim3(as_grid(tiles), as_grid(ceil_div(all, task.tiles))), 32 * strip_warps, shared_bytes(), task);
+  return true;
+}
+template <class Math, class Y, bool by_column>
+void launch_expand(const Backend& be, const ExpandTask<Y, typename Math::Right>& task) {
+  if (task.y.rows == 0 || task.y.cols == 0) return;
+  if (task.ranks.steps() == 0 && task.into == Into::add) return;
+  if (task.ranks.sparse && launch_expand_kernel<Math, Y, by_column, true>(be, task)) return;
+  launch_expand_kernel<Math, Y, by_column, false>(be, task);
 }
 
 template <class Acc, class W, class Y, class Score, Major M>
@@ -309,7 +319,7 @@ void launch_token_sum(const Backend& be, const TokenSumPlan& plan, TokenSumTask<
   task.chunk = plan.chunk;
   task.chunks = plan.chunks;
   task.tickets = plan.blocks * ceil_div(task.row_tiles(), 4) <= ticket_count ? be.tickets : nullptr;
-  if (task.ranks.sparse && plan.chunk / tile_rows <= selection_units) {
+  if (task.ranks.sparse) {
     launch_token_sum_kernel<Math, G, true>(be, plan, task);
   } else {
     launch_token_sum_kernel<Math, G, false>(be, plan, task);

@@ -1,6 +1,7 @@
 /// One step of a product: 64 × 32 sums += left [64, 16] · right [16, 32], by one warp, from shared memory.
 ///
 ///   left    LeftTile<E>         elements as they are stored: x, dy
+///           LeftRows<E>         the same, of which a list of rows is wanted
 ///           LeftRanks           float values of rank space, [token, rank]: ũ, dU
 ///           LeftTokens          the same, transposed: ranks are the rows, tokens are summed over
 ///   right   RightRows<E>        rows are columns of the result: A in x Aᵀ
@@ -30,6 +31,13 @@ template <class E>
 struct LeftTile {
   SharedTile<E> tile;  // [m, k]
   __device__ float operator()(int m, int k) const { return widen<float>(tile(m, k)); }
+};
+/// The same for a list of rows: row m of the product is row rows[m] of the tile.
+template <class E>
+struct LeftRows {
+  SharedTile<E> tile;
+  const unsigned char* rows;  // in shared memory
+  __device__ float operator()(int m, int k) const { return widen<float>(tile(rows[m], k)); }
 };
 struct LeftRanks {
   const float* data;  // [m, k], rows `pitch` apart
@@ -96,8 +104,12 @@ __device__ inline std::uint32_t round_to_tf32(float v) {
 
 /// Rows [row, row + 16) and chunks [chunk, chunk + 2) of a tile, as the left operand of mma.sync has them.
 template <class E>
-__device__ void load_left(const Lane& lane, const SharedTile<E>& tile, int row, int chunk, Words4& a) {
-  load_matrices(a, tile.address(row + lane.id % 16, chunk + lane.id / 16));
+__device__ void load_left(const Lane& lane, const LeftTile<E>& left, int row, int chunk, Words4& a) {
+  load_matrices(a, left.tile.address(row + lane.id % 16, chunk + lane.id / 16));
+}
+template <class E>
+__device__ void load_left(const Lane& lane, const LeftRows<E>& left, int row, int chunk, Words4& a) {
+  load_matrices(a, left.tile.address(left.rows[row + lane.id % 16], chunk + lane.id / 16));
 }
 
 /// Four floats of two rows: (m, k), (m, k + 1), … as a 16 × 16 left operand holds them, pair by pair.
@@ -214,19 +226,12 @@ struct Tensor {
   template <class R>
   __device__ static void step(const Lane& lane, Accumulator& acc, const LeftTile<E>& left, const R& right, int k,
                               const Extent& extent) {
-    Words2 b[4];
-    load_right(lane, right, k, 0, b[0], b[1]);
-    load_right(lane, right, k, 16, b[2], b[3]);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i < extent.first || i >= extent.rows) continue;
-      Words4 a;
-      load_left(lane, left.tile, 16 * i, k / per_chunk<E>, a);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (j >= extent.from && j < extent.to) mma(acc.sum[i][j], a, b[j], E{});
-      }
-    }
+    stored_step(lane, acc, left, right, k, extent);
+  }
+  template <class R>
+  __device__ static void step(const Lane& lane, Accumulator& acc, const LeftRows<E>& left, const R& right, int k,
+                              const Extent& extent) {
+    stored_step(lane, acc, left, right, k, extent);
   }
   /// Values of rank space on the left.
   template <class L, class R>
@@ -249,6 +254,23 @@ struct Tensor {
   }
 
  private:
+  template <class L, class R>
+  __device__ static void stored_step(const Lane& lane, Accumulator& acc, const L& left, const R& right, int k,
+                                     const Extent& extent) {
+    Words2 b[4];
+    load_right(lane, right, k, 0, b[0], b[1]);
+    load_right(lane, right, k, 16, b[2], b[3]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i < extent.first || i >= extent.rows) continue;
+      Words4 a;
+      load_left(lane, left, 16 * i, k / per_chunk<E>, a);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (j >= extent.from && j < extent.to) mma(acc.sum[i][j], a, b[j], E{});
+      }
+    }
+  }
   __device__ static void take(const Pairs& p, WideFragment& f) { split(p, f); }
   __device__ static void take(const Pairs& p, SplitFragment<terms>& f) {
     if constexpr (std::is_same_v<E, half>) {

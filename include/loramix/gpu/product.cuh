@@ -58,6 +58,22 @@ inline PathFacts path_of(const Backend& be) {
           detail::chunk_tokens};
 }
 
+template <class Acc, class W, class Y, class Score, Major M>
+PathFacts path_of(const Backend& be, const Expand<Acc, W, Y, Score, Space::device, M>& op) {
+  PathFacts facts = path_of(be);
+  if constexpr (detail::fusible<Expand<Acc, W, Y, Score, Space::device, M>>) {
+    if (be.tuning.fused && detail::is_sparse(be.tuning, op.gate)) {
+      facts.path = "gpu fused, grouped by expert inside tiles (shrink, expand, token sums)";
+      facts.why = "most ranks are closed: one expert per segment, or more ranks than Tuning::dense_ranks";
+    }
+  } else {
+    Backend composed = be;
+    composed.tuning.fused = false;
+    facts = path_of(composed);
+  }
+  return facts;
+}
+
 /// Whether it pays to know the gate before U is computed; shapes only.
 template <class Score>
 bool wants_selection_impl(const Backend& be, const GateForm<Score, Space::device>& form, Index columns) {

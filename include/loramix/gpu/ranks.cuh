@@ -22,9 +22,10 @@ struct RankSource {
   MatrixView<const float, Space::device> u;  // [T, R_a]
   GateForm<Score, Space::device> gate;       // of R ranks
   bool open = true;                          // no gate: the form is not looked at, but where
-  bool sparse = false;                       // tiles of tokens ask it which ranks they have open (gpu/selection.cuh)
+  bool sparse = false;                       // kernels ask it which ranks tokens have open (gpu/selection.cuh)
   int ranks = 0;                             // R
   int padded = 0;                            // R in whole steps: where h begins
+  int per_expert = 1;                        // R / E, where every expert has as many
   MatrixView<const Score, Space::device> h;  // [T, n]
 
   LORAMIX_HD constexpr int columns() const { return padded + static_cast<int>(h.cols); }
@@ -40,52 +41,55 @@ RankSource<Score> rank_source(MatrixView<const float, Space::device> u, const Ga
                     gate.weights.data == nullptr && gate.values.data == nullptr && gate.multiplier.data == nullptr &&
                     gate.rank_scale.data == nullptr && u.cols == gate.ranks;
   const int ranks = static_cast<int>(gate.ranks);
-  return {u, gate, open, false, ranks, (ranks + tile_step - 1) / tile_step * tile_step, {}};
+  const int per_expert = gate.rank_offsets != nullptr || ranks == 0 ? 1 : ranks / static_cast<int>(gate.experts);
+  return {u, gate, open, false, ranks, (ranks + tile_step - 1) / tile_step * tile_step, per_expert, {}};
 }
 
-/// Fills tile[t * pitch + c] with column at(c), c < count, of tokens [token, token + rows), zeros for further rows up to
-/// `all_rows`; by all warps of a block. `report`: flag bad ids.
+/// Fills out[c] with column at(c), c < count, of token t, zeros where t is negative; by one warp. `report`: flag bad ids.
 template <class Score, class F>
-__device__ void fill_rank_tile(const RankSource<Score>& source, Index token, int rows, int all_rows, int count,
-                               float* tile, int pitch, bool report, const F& at) {
-  const int warps = static_cast<int>(blockDim.x) / warp_width, lane = static_cast<int>(threadIdx.x) % warp_width;
-  const int per_expert = source.open || source.gate.rank_offsets != nullptr || source.ranks == 0
-                             ? 1
-                             : source.ranks / static_cast<int>(source.gate.experts);
-  for (int i = static_cast<int>(threadIdx.x) / warp_width; i < all_rows; i += warps) {
-    const Index t = token + i;
-    float* const out = tile + i * pitch;
-    if (i >= rows) {
-      for (int c = lane; c < count; c += warp_width) out[c] = 0;
-      continue;
-    }
-    const auto plain = [&](int j) { return j < source.ranks ? source.u(t, j) : 0.0f; };
-    const auto beside = [&](int j) {
-      const int side = j - source.padded;
-      return side < source.h.cols ? narrow<float>(source.h(t, side)) : 0.0f;
-    };
-    if (source.open) {
-      for (int c = lane; c < count; c += warp_width) {
-        const int j = at(c);
-        out[c] = j < source.padded ? plain(j) : beside(j);
-      }
-      continue;
-    }
-    const GateRow<float, Score, Space::device> row(source.gate, t);
-    if (report && !source.gate.computed) {
-      for (Index k = 0; k < source.gate.ids.cols; ++k) row.expert_at(k);
-    }
-    const int shared_columns = static_cast<int>(source.u.cols);
+__device__ void fill_rank_row(const RankSource<Score>& source, Index t, int count, float* out, bool report,
+                              const F& at) {
+  const int lane = static_cast<int>(threadIdx.x) % warp_width;
+  if (t < 0) {
+    for (int c = lane; c < count; c += warp_width) out[c] = 0;
+    return;
+  }
+  const auto beside = [&](int j) {
+    const int side = j - source.padded;
+    return side < source.h.cols ? narrow<float>(source.h(t, side)) : 0.0f;
+  };
+  if (source.open) {
     for (int c = lane; c < count; c += warp_width) {
       const int j = at(c);
-      if (j >= source.ranks) {
-        out[c] = j < source.padded ? 0.0f : beside(j);
-        continue;
-      }
-      const Index e = source.gate.rank_offsets != nullptr ? source.gate.expert_of(j) : Index{j / per_expert};
-      const int column = shared_columns == source.ranks ? j : j % shared_columns;
-      out[c] = row.open(j, e) ? source.u(t, column) * row.factor(j, e) : 0.0f;
+      out[c] = j < source.ranks ? source.u(t, j) : j < source.padded ? 0.0f : beside(j);
     }
+    return;
+  }
+  const GateRow<float, Score, Space::device> row(source.gate, t);
+  if (report && !source.gate.computed) {
+    for (Index k = 0; k < source.gate.ids.cols; ++k) row.expert_at(k);
+  }
+  const int shared_columns = static_cast<int>(source.u.cols);
+  for (int c = lane; c < count; c += warp_width) {
+    const int j = at(c);
+    if (j >= source.ranks) {
+      out[c] = j < source.padded ? 0.0f : beside(j);
+      continue;
+    }
+    const Index e = source.gate.rank_offsets != nullptr ? source.gate.expert_of(j) : Index{j / source.per_expert};
+    const int column = shared_columns == source.ranks ? j : j % shared_columns;
+    out[c] = row.open(j, e) ? source.u(t, column) * row.factor(j, e) : 0.0f;
+  }
+}
+
+/// Fills row i of a tile, rows `pitch` apart, for token token_at(i), i < rows, and zeros up to row `all_rows`; by all warps of a
+/// block.
+template <class Score, class T, class F>
+__device__ void fill_rank_tile(const RankSource<Score>& source, const T& token_at, int rows, int all_rows, int count,
+                               float* tile, int pitch, bool report, const F& at) {
+  const int warps = static_cast<int>(blockDim.x) / warp_width;
+  for (int i = static_cast<int>(threadIdx.x) / warp_width; i < all_rows; i += warps) {
+    fill_rank_row(source, i < rows ? Index{token_at(i)} : Index{-1}, count, tile + i * pitch, report, at);
   }
 }
 

@@ -1,13 +1,14 @@
-/// Which ranks a tile of tokens has open anywhere: what the kernels leave out where a gate closes most of them.
+/// Which ranks tokens have open: how the kernels group tokens by expert where a gate closes most ranks.
 ///
-/// Computes:    from the ids (or prefixes) of a gate's normal form, tile by tile, on the device: the steps of 16 ranks of 64 tokens
-///              (expand), the slices of 32 ranks (shrink), the tiles of tokens of 64 ranks (sums over tokens). What is left
-///              out would have been multiplied by zeros. Tokens stay where they are, nothing is planned or gathered: one
-///              expert per segment, or few tokens, leave out most of the work; tokens that choose at random among many
-///              experts leave out little.
+/// Computes:    from the ids (or prefixes) of a gate's normal form, block by block, on the device: of a tile of 64 tokens the rows
+///              that have one of 32 ranks open (shrink), those that have a unit of ranks open (expand), and of a chunk the tokens that
+///              have one of 64 ranks open (sums over tokens). Only those are multiplied, sixteen at a time; what is left out would have
+///              been multiplied by zeros. Token-major: y is moved once, and x but where experts lie in other blocks; nothing is planned,
+///              and no launch is added.
 /// Errors:      bad ids are open nowhere.
-/// Cost:        a few loads per token and block; no launch, no host read.
-/// Determinism: sums in the order that they have without it, so the same bits for finite weights.
+/// Cost:        a few loads per token and block; no launch, no host read. Weights once per tile of 64 tokens that has them open.
+/// Determinism: a token's sums run over its own units in order, whatever others choose; sums over tokens run over those listed, in
+///              order.
 /// Example:     gpu/expand.cuh
 #pragma once
 #include <loramix/gpu/ranks.cuh>
@@ -85,6 +86,85 @@ class Listed {
   unsigned* bits_;
   std::uint16_t* list_;
 };
+
+/// Rows of a tile, bit by bit.
+using RowSet = unsigned long long;
+
+/// Units of ranks that a tile of 64 tokens has open anywhere, and for each of them which rows have: sets in shared memory, then a list.
+class Units {
+ public:
+  /// Of `units` units.
+  LORAMIX_HD static constexpr int bytes(int units) { return round_of_16(units * 10 + 12); }
+
+  __device__ Units(unsigned char* shared, int units)
+      : rows_(reinterpret_cast<unsigned*>(shared)),
+        list_(reinterpret_cast<std::uint16_t*>(rows_ + 2 * units + 3)),
+        units_(units) {}
+
+  /// Every thread of the block takes part here and in finish.
+  __device__ void clear() const {
+    for (int i = static_cast<int>(threadIdx.x); i < 2 * units_ + 2; i += static_cast<int>(blockDim.x)) rows_[i] = 0;
+    __syncthreads();
+  }
+  /// By any thread, in between.
+  __device__ void add(int unit, int row) const {
+    atomicOr(rows_ + 2 * unit + row / 32, 1u << row % 32);
+    atomicOr(rows_ + 2 * units_ + row / 32, 1u << row % 32);
+  }
+  /// How many units there are.
+  __device__ int finish() const {
+    __syncthreads();
+    const int lane = static_cast<int>(threadIdx.x) % warp_width;
+    if (threadIdx.x < warp_width) {
+      int count = 0;
+      for (int first = 0; first < units_; first += warp_width) {
+        const int unit = first + lane;
+        const bool open = unit < units_ && (rows_[2 * unit] | rows_[2 * unit + 1]) != 0;
+        const unsigned word = __ballot_sync(whole_warp, open);
+        if (open) list_[count + __popc(word & ((1u << lane) - 1))] = static_cast<std::uint16_t>(unit);
+        count += __popc(word);
+      }
+      if (lane == 0) rows_[2 * units_ + 2] = static_cast<unsigned>(count);
+    }
+    __syncthreads();
+    return static_cast<int>(rows_[2 * units_ + 2]);
+  }
+  /// The i-th unit.
+  __device__ int operator[](int i) const { return list_[i]; }
+  /// Whether a row has any unit open.
+  __device__ bool has(int row) const { return (rows_[2 * units_ + row / 32] >> row % 32 & 1u) != 0; }
+  /// The rows that have the i-th unit open.
+  __device__ RowSet rows(int i) const {
+    const unsigned* const words = rows_ + 2 * list_[i];
+    return RowSet{words[1]} << 32 | words[0];
+  }
+  /// Which they are, in order, and 64 behind them; by one warp.
+  __device__ void list_rows(int i, unsigned char* to) const {
+    const int lane = static_cast<int>(threadIdx.x) % warp_width;
+    const unsigned low = rows_[2 * list_[i]], high = rows_[2 * list_[i] + 1], below = (1u << lane) - 1;
+    const int listed = __popc(low) + __popc(high);
+    for (int row = lane; row < 64; row += warp_width) {
+      if (row >= listed) to[row] = 64;
+    }
+    if (low >> lane & 1u) to[__popc(low & below)] = static_cast<unsigned char>(lane);
+    if (high >> lane & 1u) to[__popc(low) + __popc(high & below)] = static_cast<unsigned char>(lane + 32);
+  }
+
+ private:
+  LORAMIX_HD static constexpr int round_of_16(int n) { return (n + 15) / 16 * 16; }
+  unsigned* rows_;       // [units, 2] 64 bits each; then 64 of any unit, and how many are listed
+  std::uint16_t* list_;  // [units]
+  int units_;
+};
+
+/// How many steps of 16 ranks tokens have open together: those of an expert, where experts have whole steps.
+template <class Score>
+int steps_of_unit(const GateForm<Score, Space::device>& gate) {
+  const Index rank = gate.experts == 0 ? 0 : gate.ranks / gate.experts;
+  if (gate.ids.data == nullptr || gate.rank_offsets != nullptr || rank == 0 || rank % tile_step != 0) return 1;
+  const Index steps = rank / tile_step;
+  return static_cast<int>(steps <= 4 ? steps : steps % 4 == 0 ? 4 : steps % 3 == 0 ? 3 : steps % 2 == 0 ? 2 : 1);
+}
 
 }  // namespace detail
 }  // namespace gpu

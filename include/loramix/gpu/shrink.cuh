@@ -42,7 +42,7 @@ struct ShrinkTask {
   Source<W> side;                         // [n, K]
   Dropout dropout;                        // of x as the weights see it
   float scale = 1;                        // of u
-  GateForm<float, Space::device> select;  // where `sparse`: ranks that a tile has open nowhere are left 0
+  GateForm<float, Space::device> select;  // where `sparse`: what it closes may be left as it is
   bool sparse = false;
   MatrixView<float, Space::device> u, h;
   Index ranks = 0;
@@ -63,7 +63,9 @@ struct NoRows {
   __device__ void operator()(const Team&, Index) const {}
 };
 
-template <class Math, bool k_major>
+/// `sparse`: every warp multiplies only the rows that have one of its 32 columns open (gpu/selection.cuh), sixteen at a time; what
+/// no row of the tile has open is not read, and what is closed is not written.
+template <class Math, bool k_major, bool sparse = false>
 class ShrinkBlock {
   using X = typename Math::Left;
   using W = typename Math::Right;
@@ -72,6 +74,8 @@ class ShrinkBlock {
  public:
   static constexpr int stages = sizeof(X) == 2 && sizeof(W) == 2 ? 3 : 2;
 
+  /// Of its own, beside what a launch gives.
+  static constexpr Index own_bytes = 1024;
   static constexpr Index shared_bytes(int group, bool copy_of_x) {
     const int x = tile_bytes<X>(tile_rows, shrink_stage), w = tile_bytes<W>(group, shrink_stage);
     const int sums = tile_rows * (group + 8) * static_cast<int>(sizeof(float));
@@ -103,8 +107,11 @@ class ShrinkBlock {
 
   /// True where u and h of the tile's tokens are complete and it is this block that goes on with them.
   __device__ bool run() {
-    if (task.sparse) select();
     const bool split = task.splits > 1;
+    if constexpr (sparse) {
+      select();
+      if (slices == 0) return split ? hand_over() && add_up() : gridDim.y == 1 || hand_over();
+    }
     const int first = split ? static_cast<int>(blockIdx.z) : 0, last = split ? first + 1 : task.chunks;
     float4 total[16];
     for (int c = first; c < last; ++c) {
@@ -131,27 +138,66 @@ class ShrinkBlock {
   }
 
  private:
-  /// Only the 32-column slices that hold side rows or a rank that a token of the tile has open.
+  /// Of the tile's rows: which 32-column slices hold side rows or a rank that the row has open; and the rows of every slice.
+  struct Chosen {
+    unsigned slices[tile_rows];
+    unsigned char rows[256 / tile_cols]
+                      [tile_rows];  // as many as there are, then the first again up to a multiple of 16
+    unsigned all;
+  };
+  static_assert(sizeof(Chosen) < own_bytes);
+  __device__ static Chosen& chosen() {
+    __shared__ Chosen chosen_rows;
+    return chosen_rows;
+  }
   __device__ void select() {
-    unsigned* const shared_slices = reinterpret_cast<unsigned*>(shared);
     const auto slices_of = [this](int begin, int end) {  // of columns [begin, end) of all
       const int first = max(begin - column, 0) / tile_cols,
                 last = (min(end - column, task.group) + tile_cols - 1) / tile_cols;
       return last <= first ? 0u : (1u << last) - (1u << first);
     };
-    if (threadIdx.x == 0) *shared_slices = slices_of(task.padded, task.columns);
+    Chosen& to = chosen();
+    if (threadIdx.x == 0) to.all = 0;
     __syncthreads();
-    for (int i = static_cast<int>(threadIdx.x); i < rows; i += static_cast<int>(blockDim.x)) {
+    for (int i = static_cast<int>(threadIdx.x); i < tile_rows; i += static_cast<int>(blockDim.x)) {
       unsigned mine = 0;
-      each_open_range(task.select, token + i, [&](int begin, int end) { mine |= slices_of(begin, end); });
-      if (mine != 0) atomicOr(shared_slices, mine);
+      if (i < rows) {
+        mine = slices_of(task.padded, task.columns);
+        each_open_range(task.select, token + i, [&](int begin, int end) { mine |= slices_of(begin, end); });
+      }
+      to.slices[i] = mine;
+      if (mine != 0) atomicOr(&to.all, mine);
     }
     __syncthreads();
-    slices = *shared_slices;
+    slices = to.all;
+    const bool low = row_has(lane.id, across), high = row_has(lane.id + 32, across);
+    const unsigned lows = __ballot_sync(whole_warp, low), highs = __ballot_sync(whole_warp, high);
+    listed = __popc(lows) + __popc(highs);
+    if (along == 0 && listed != 0) {
+      unsigned char* const list = to.rows[across];
+      const unsigned below = (1u << lane.id) - 1;
+      if (low) list[__popc(lows & below)] = static_cast<unsigned char>(lane.id);
+      if (high) list[__popc(lows) + __popc(highs & below)] = static_cast<unsigned char>(lane.id + 32);
+      const int first = lows != 0 ? __ffs(static_cast<int>(lows)) - 1 : 31 + __ffs(static_cast<int>(highs));
+      if (lane.id < (16 - listed % 16) % 16) list[listed + lane.id] = static_cast<unsigned char>(first);
+    }
     __syncthreads();
-    if (!is_wanted(across)) plain.to = dropped.to = 0;
+    plain.rows = dropped.rows = (listed + 15) / 16;
+    if (listed == 0) plain.to = dropped.to = 0;
   }
   __device__ bool is_wanted(int slice) const { return (slices >> slice & 1u) != 0; }
+  __device__ static bool row_has(int row, int slice) { return (chosen().slices[row] >> slice & 1u) != 0; }
+  /// Whether this block multiplies a row of x at all.
+  __device__ static bool reads_row(int row) { return !sparse || chosen().slices[row] != 0; }
+  /// Whether the sum in a row and column of the block's tile is wanted.
+  __device__ static bool is_summed(int row, int c) { return !sparse || row_has(row, c / tile_cols); }
+  template <class Tile>
+  __device__ auto left(const Tile& tile) const {
+    if constexpr (sparse)
+      return LeftRows<X>{tile, chosen().rows[across]};
+    else
+      return LeftTile<X>{tile};
+  }
 
   // ---- one chunk of the contracted axis ------------------------------------------------------------------------------
 
@@ -201,8 +247,9 @@ class ShrinkBlock {
       const Index k = begin + s * shrink_stage;
       const SharedTile<X> x = x_tile(s % stages);
       const int threads = static_cast<int>(blockDim.x);
-      for (int i = static_cast<int>(threadIdx.x); i < plain.rows * 16 * x.chunks; i += threads) {
+      for (int i = static_cast<int>(threadIdx.x); i < tile_extent() * x.chunks; i += threads) {
         const int row = i / x.chunks, c = i % x.chunks;
+        if (!reads_row(row)) continue;
         copy_chunk(x.chunk(row, c), task.x, token + row, k + c * per_chunk<X>);
       }
       request_weights(weight_tile(s % stages), k);
@@ -233,9 +280,10 @@ class ShrinkBlock {
   __device__ void drop(int slot, Index k) {
     const SharedTile<X> from = x_tile(slot), to = dropped_tile(slot);
     constexpr int chunks = 8 / per_chunk<X>;  // of the eight columns that one draw decides
-    for (int i = static_cast<int>(threadIdx.x); i < plain.rows * 16 * shrink_stage / 8;
+    for (int i = static_cast<int>(threadIdx.x); i < tile_extent() * shrink_stage / 8;
          i += static_cast<int>(blockDim.x)) {
       const int row = i / (shrink_stage / 8), block = i % (shrink_stage / 8);
+      if (!reads_row(row)) continue;
       const std::uint32_t keep = task.dropout.keep8(token + row, k / 8 + block);
 #pragma unroll
       for (int c = 0; c < chunks; ++c) {
@@ -256,14 +304,16 @@ class ShrinkBlock {
   }
   template <class Right>
   __device__ void multiply(Accumulator& acc, int slot, const Right& right, int k) {
-    if (dropped.from < dropped.to) Math::step(lane, acc, LeftTile<X>{dropped_tile(slot)}, right, k, dropped);
-    if (apart && plain.from < plain.to) Math::step(lane, acc, LeftTile<X>{x_tile(slot)}, right, k, plain);
+    if (dropped.from < dropped.to) Math::step(lane, acc, left(dropped_tile(slot)), right, k, dropped);
+    if (apart && plain.from < plain.to) Math::step(lane, acc, left(x_tile(slot)), right, k, plain);
   }
 
   // ---- sums ----------------------------------------------------------------------------------------------------------
 
   __device__ int sum_pitch() const { return task.group + 8; }
   __device__ float* sums() const { return reinterpret_cast<float*>(shared); }
+  /// Rows of the tile in whole sixteens.
+  __device__ int tile_extent() const { return (rows + 15) / 16 * 16; }
 
   /// This warp's share into the tile of sums, or added to it.
   __device__ void put(const Accumulator& acc, bool first) {
@@ -273,8 +323,13 @@ class ShrinkBlock {
       for (int j = 0; j < 4; ++j) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          float2* const cell = reinterpret_cast<float2*>(sums() + (16 * i + lane.g + 8 * r) * sum_pitch() +
-                                                         across * tile_cols + 8 * j + 2 * lane.t);
+          int row = 16 * i + lane.g + 8 * r;
+          if constexpr (sparse) {
+            if (row >= listed) continue;
+            row = chosen().rows[across][row];
+          }
+          float2* const cell =
+              reinterpret_cast<float2*>(sums() + row * sum_pitch() + across * tile_cols + 8 * j + 2 * lane.t);
           const float2 before = first ? float2{0, 0} : *cell;
           *cell = {before.x + acc.sum[i][j][2 * r], before.y + acc.sum[i][j][2 * r + 1]};
         }
@@ -289,7 +344,7 @@ class ShrinkBlock {
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
       const int at = static_cast<int>(threadIdx.x) + i * static_cast<int>(blockDim.x);
-      if (at < tile_rows * fours) f(i, at / fours, at % fours * 4);
+      if (at < tile_rows * fours && is_summed(at / fours, at % fours * 4)) f(i, at / fours, at % fours * 4);
     }
   }
   __device__ void add_to(float4 (&total)[16], bool first) {
@@ -329,7 +384,7 @@ class ShrinkBlock {
     const int wanted = min(task.columns - column, task.group);
     for (int i = static_cast<int>(threadIdx.x); i < rows * task.group; i += static_cast<int>(blockDim.x)) {
       const int row = i / task.group, c = i % task.group;
-      if (c < wanted) f(row, column + c, sums()[row * sum_pitch() + c]);
+      if (c < wanted && is_summed(row, c)) f(row, column + c, sums()[row * sum_pitch() + c]);
     }
     __syncthreads();
   }
@@ -345,6 +400,7 @@ class ShrinkBlock {
   bool masked, apart;  // dropout; x is needed beside x̂
   Extent dropped, plain;
   unsigned slices = ~0u;  // of 32 columns that are wanted
+  int listed = 0;         // sparse: rows of this warp's slice
 };
 
 /// A finished sum, at home.
@@ -360,6 +416,23 @@ __device__ void store(const ShrinkTask<X, W>& task, Index t, int column, float s
 template <class X, class W>
 __device__ void add_partial_sums(const ShrinkTask<X, W>& task, Index token, int rows) {
   const Index pitch = task.pitch(), apart = task.x.rows * pitch;
+  if (task.sparse) {  // what is open, and side rows
+    const int warps = static_cast<int>(blockDim.x) / warp_width, lane = static_cast<int>(threadIdx.x) % warp_width;
+    for (int row = static_cast<int>(threadIdx.x) / warp_width; row < rows; row += warps) {
+      const Index t = token + row;
+      const auto add = [&](int begin, int end) {
+        for (int column = begin + lane; column < end; column += warp_width) {
+          const float* from = task.partial + t * pitch + column;
+          float total = __ldcg(from);
+          for (int s = 1; s < task.splits; ++s) total += __ldcg(from + s * apart);
+          store(task, t, column, total);
+        }
+      };
+      each_open_range(task.select, t, add);
+      add(task.padded, task.columns);
+    }
+    return;
+  }
   for (int i = static_cast<int>(threadIdx.x); i < rows * static_cast<int>(pitch); i += static_cast<int>(blockDim.x)) {
     const Index t = token + i / pitch;
     const int column = static_cast<int>(i % pitch);
@@ -378,10 +451,10 @@ __device__ void each_row(const Body& body, Index begin, int count) {
 }
 
 /// One copy for all row bodies.
-template <class Math, bool k_major>
+template <class Math, bool k_major, bool sparse>
 __device__ __noinline__ int shrink_tile(const ShrinkTask<typename Math::Left, typename Math::Right>& task,
                                         unsigned char* shared) {
-  return ShrinkBlock<Math, k_major>(task, shared).run() ? 1 : 0;
+  return ShrinkBlock<Math, k_major, sparse>(task, shared).run() ? 1 : 0;
 }
 
 template <class Math, bool k_major, class Body>
@@ -389,7 +462,9 @@ __global__ void __launch_bounds__(256, 1)
     shrink_kernel(const __grid_constant__ ShrinkTask<typename Math::Left, typename Math::Right> task,
                   const __grid_constant__ Body body) {
   extern __shared__ __align__(128) unsigned char shared_memory[];
-  if (shrink_tile<Math, k_major>(task, shared_memory) == 0) return;
+  const int goes_on = task.sparse ? shrink_tile<Math, k_major, true>(task, shared_memory)
+                                  : shrink_tile<Math, k_major, false>(task, shared_memory);
+  if (goes_on == 0) return;
   const Index token = Index{blockIdx.x} * tile_rows, left = task.x.rows - token;
   each_row(body, token, left < tile_rows ? static_cast<int>(left) : tile_rows);
 }

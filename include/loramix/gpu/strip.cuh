@@ -37,6 +37,17 @@ class Strip {
         copy_chunk(to.chunk(r, c), m, row + r, col + c * per_chunk<E>);
     }
   }
+  /// The same for sixteen rows of a list: row_at(r) for r in [0, 16); columns are not stored as rows.
+  template <class F>
+  __device__ void request_rows(const Lane& lane, int step, const Source<E>& m, const F& row_at, Index col) const {
+    static_assert(!by_column);
+    const SharedTile<E> to = tile(step);
+#pragma unroll
+    for (int i = lane.id; i < slot_bytes / 16; i += 32) {
+      const int r = i / chunks, c = i % chunks;
+      copy_chunk(to.chunk(r, c), m, row_at(r), col + c * per_chunk<E>);
+    }
+  }
   /// After commit_copies() for every step, wanted or not, until `step` + ahead: step `step` is there for the whole warp.
   __device__ static void wait() {
     wait_copies<ahead>();

@@ -97,7 +97,8 @@ __device__ void add_chunks(const TokenSumTask<X, G>& task, int row, int rows, In
   }
 }
 
-/// `sparse`: tiles of tokens are left out (gpu/selection.cuh); a kernel of its own, for registers are what is scarce.
+/// `sparse`: of every selection_units tokens those are listed that have one of the block's ranks open (gpu/selection.cuh), and only
+/// they are read; a kernel of its own, for registers are what is scarce.
 template <class Math, class G, bool sparse>
 class TokenSumBlock {
   using X = typename Math::Left;
@@ -128,22 +129,17 @@ class TokenSumBlock {
   }
 
   __device__ void run() {
-    const int steps = sparse ? select() : (tokens + tile_step - 1) / tile_step;
     Accumulator acc;
     acc.clear();
-    for (int s = 0; s < TokenStrip::ahead; ++s) request(s, steps);
-    if (steps > 0) fill(0);
-    __syncthreads();
-    for (int s = 0; s < steps; ++s) {
-      const int tile = s / 4;
-      if (s % 4 == 0 && s + 4 < steps) fill(tile + 1);
-      __syncwarp();
-      request(s + TokenStrip::ahead, steps);
-      TokenStrip::wait();
-      if (column < task.x.cols) multiply(acc, s, ranks + tile % 2 * tile_floats + s % 4 * tile_step * pitch);
-      if (s % 4 == 3) __syncthreads();  // the next tile is filled, and nobody reads this one
+    if constexpr (sparse) {
+      for (window = 0; window < tokens; window += selection_units) {
+        count = select();
+        sum(acc);
+      }
+    } else {
+      count = tokens;
+      sum(acc);
     }
-    wait_copies<0>();
     if (task.chunks == 1) {
       each(acc, [&](int row, Index col, float a, float b) {
         const float pair[2] = {a, b};
@@ -159,26 +155,40 @@ class TokenSumBlock {
   }
 
  private:
-  /// Only the tiles of tokens in which one has a rank of this block's open; returns the steps that are left.
+  /// Adds what `count` tokens have to add.
+  __device__ void sum(Accumulator& acc) const {
+    const int steps = (count + tile_step - 1) / tile_step;
+    for (int s = 0; s < TokenStrip::ahead; ++s) request(s, steps);
+    if (steps > 0) fill(0);
+    __syncthreads();
+    for (int s = 0; s < steps; ++s) {
+      const int tile = s / 4;
+      if (s % 4 == 0 && s + 4 < steps) fill(tile + 1);
+      __syncwarp();
+      request(s + TokenStrip::ahead, steps);
+      TokenStrip::wait();
+      if (column < task.x.cols) multiply(acc, s, ranks + tile % 2 * tile_floats + s % 4 * tile_step * pitch);
+      if (s % 4 == 3) __syncthreads();  // the next tile is filled, and nobody reads this one
+    }
+    wait_copies<0>();
+  }
+
+  /// Lists the tokens of the window that have a rank of this block's open; returns how many there are.
   __device__ int select() const {
-    const int tiles = (tokens + tile_rows - 1) / tile_rows, from = first_tile * 16, to = from + all.rows * 16;
+    const int here = min(tokens - window, selection_units), from = first_tile * 16, to = from + all.rows * 16;
     const bool side = to > task.ranks.padded;  // side rows are open everywhere
     const Listed selected = listed();
-    selected.clear(tiles);
-    for (int i = static_cast<int>(threadIdx.x); i < tokens; i += static_cast<int>(blockDim.x)) {
-      if (side) {
-        selected.add(i / tile_rows);
-        continue;
-      }
-      each_open_range(task.ranks.gate, begin + i, [&](int first, int end) {
-        if (first < to && end > from) selected.add(i / tile_rows);
+    __syncthreads();  // the list before, and its tiles of ranks, have been read
+    selected.clear(here);
+    for (int i = static_cast<int>(threadIdx.x); i < here; i += static_cast<int>(blockDim.x)) {
+      if (side) selected.add(i);
+      each_open_range(task.ranks.gate, begin + window + i, [&](int first, int end) {
+        if (first < to && end > from) selected.add(i);
       });
     }
-    const int count = selected.finish(tiles);
-    const bool cut = count > 0 && selected[count - 1] == tiles - 1;  // the last tile may have fewer steps
-    return 4 * count - (cut ? (tiles * tile_rows - tokens) / tile_step : 0);
+    return selected.finish(here);
   }
-  /// The tiles, behind those of ranks in shared memory.
+  /// The list, behind the tiles of ranks in shared memory.
   __device__ Listed listed() const { return Listed(reinterpret_cast<unsigned char*>(ranks + 2 * tile_floats)); }
   /// This warp's x̂, behind that, where side rows need x as well.
   __device__ SharedTile<X> copy() const {
@@ -186,25 +196,35 @@ class TokenSumBlock {
         reinterpret_cast<unsigned char*>(ranks + 2 * tile_floats) + (sparse ? selection_bytes : Index{0});
     return {all_copies + threadIdx.x / 32 * TokenStrip::slot_bytes, TokenStrip::chunks};
   }
-  /// The first token of the i-th tile, in the chunk.
-  __device__ int token_of(int i) const { return (sparse ? listed()[i] : i) * tile_rows; }
+  /// The i-th of the tokens to be summed.
+  __device__ Index token_at(int i) const { return begin + (sparse ? window + listed()[i] : i); }
 
   __device__ void request(int s, int steps) const {
     if (s < steps && column < task.x.cols) {
-      strip.request(lane, s, task.x, begin + token_of(s / 4) + s % 4 * tile_step, column);
+      if constexpr (sparse) {
+        const auto row_at = [&](int r) {
+          const int i = s * tile_step + r;
+          return i < count ? token_at(i) : task.x.rows;  // beyond: zeros
+        };
+        strip.request_rows(lane, s, task.x, row_at, column);
+      } else {
+        strip.request(lane, s, task.x, begin + s * tile_step, column);
+      }
     }
     commit_copies();
   }
   /// Ranks and side rows of 64 tokens, the i-th tile's.
   __device__ void fill(int i) const {
-    const int token = token_of(i), rows = min(tokens - token, tile_rows), first = first_tile * 16;
-    fill_rank_tile(task.ranks, begin + token, rows, (rows + 15) / 16 * 16, all.rows * 16, ranks + i % 2 * tile_floats,
-                   pitch, blockIdx.x == 0 && blockIdx.y == 0, [first](int c) { return first + c; });
+    const int token = i * tile_rows, rows = min(count - token, tile_rows), first = first_tile * 16;
+    fill_rank_tile(
+        task.ranks, [&](int row) { return token_at(token + row); }, rows, (rows + 15) / 16 * 16, all.rows * 16,
+        ranks + i % 2 * tile_floats, pitch, !sparse && blockIdx.x == 0 && blockIdx.y == 0,
+        [first](int c) { return first + c; });
   }
 
   __device__ void multiply(Accumulator& acc, int s, const float* values) const {
     const SharedTile<X> raw = strip.tile(s), dropped = apart ? copy() : raw;
-    if (masked) drop(raw, dropped, begin + token_of(s / 4) + s % 4 * tile_step);
+    if (masked) drop(raw, dropped, s * tile_step);
     Extent some;
     some.rows = of_ranks;
     const LeftTokens left{values, pitch};
@@ -216,14 +236,15 @@ class TokenSumBlock {
     Math::step(lane, acc, left, RightColumns<X>{raw}, 0, some);
   }
   /// x ∘ keep for a step of the strip; the factor 1 / (1 − p̄) is in scale.
-  __device__ void drop(const SharedTile<X>& from, const SharedTile<X>& to, Index token) const {
+  __device__ void drop(const SharedTile<X>& from, const SharedTile<X>& to, int first) const {
     constexpr int chunks = 8 / per_chunk<X>;
     for (int i = lane.id; i < tile_step * 4; i += 32) {
-      const std::uint32_t keep = task.dropout.keep8(token + i / 4, column / 8 + i % 4);
+      const int at = first + i / 4;
+      const std::uint32_t keep = task.dropout.keep8(token_at(at < count ? at : count - 1), column / 8 + i % 4);
 #pragma unroll
       for (int c = 0; c < chunks; ++c) {
-        const int at = i % 4 * chunks + c;
-        drop_chunk(from.chunk(i / 4, at), to.chunk(i / 4, at), keep >> c * per_chunk<X>);
+        const int chunk = i % 4 * chunks + c;
+        drop_chunk(from.chunk(i / 4, chunk), to.chunk(i / 4, chunk), keep >> c * per_chunk<X>);
       }
     }
     __syncwarp();
@@ -261,6 +282,8 @@ class TokenSumBlock {
   const int first_tile;  // of 16 rows
   const Index begin;     // the chunk\'s first token
   const int tokens;
+  int window = 0;  // sparse: the first token that is listed, in the chunk
+  int count = 0;   // tokens to be summed
   Extent all;
   int of_ranks;  // 16-row tiles of ranks, before those of side rows
   bool masked, apart;

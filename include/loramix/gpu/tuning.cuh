@@ -50,7 +50,8 @@ struct Tuning {
   RankTerms terms = RankTerms::exact;
   Index block_bytes = Index{128} << 10;
   Index share = 8;
-  Index dense_ranks = 256;  // up to here all ranks are computed, whatever a top-k gate closes (ADR 11)
+  Index dense_ranks =
+      256;  // up to here all ranks are computed, whatever a top-k gate closes; beyond, by expert (ADR 11, 12)
 };
 
 /// The formula.

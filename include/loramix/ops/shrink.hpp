@@ -4,8 +4,8 @@
 ///              dA (+)= dUᵀ X̂,  dside (+)= dHᵀ X,  dX (+)= (dU A) ∘ keep / (1 − p̄) + dH side             (backward)
 /// Source:      MATH.md section 1; LoRA, Hu et al. 2021, equation 3. Side rows: a router's, which sees X, never X̂.
 /// Reads:       A [R_a, d_in], side [n, d_in] (may be empty), x [T, d_in]; backward also dU [T, R_a], dH [T, n].
-/// Writes:      U [T, R_a] and H [T, n], assigned. Where `select` is given, a rank that it closes may be left 0: nothing reads
-///              it, and a backend need not compute it.
+/// Writes:      U [T, R_a] and H [T, n], assigned. Where `select` is given, a rank that it closes may be left 0, or as it is:
+///              nothing reads it, and a backend need not compute it.
 /// Adds to:     dA [R_a, d_in], dside [n, d_in], dX [T, d_in], or assigns with Into::set. An empty view is not wanted.
 /// Errors:      shape, stride, null, alias, overflow; small workspace.
 /// Cost:        2·T·(R_a + n)·d_in flop forward, twice to three times that backward; one pass over x and one over dX.
