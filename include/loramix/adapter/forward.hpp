@@ -95,6 +95,10 @@ struct state_of<G> {
   using type = typename G::State;
 };
 
+/// Whether it is the call that says what a gate chooses (router/request.hpp): no router is waited for.
+template <class Gate>
+inline constexpr bool is_told = requires { requires Gate::told; };
+
 /// The types of an adapter's product.
 template <class A>
 struct ProductOf {
@@ -163,7 +167,7 @@ struct ProductOf {
   static GateForm<Score, space> form(const Gate& gate, const State& state, const GateCall<space>& call, Index ranks) {
     if constexpr (computed) {
       auto form = gate.form(state, call, ranks);
-      form.computed = true;
+      form.computed = !is_told<Gate>;
       return form;
     } else {
       return gate.form(call.tokens, ranks);
@@ -746,7 +750,7 @@ Saved<A> forward(const Backend& be, const A& adapter, MatrixView<const typename 
   }
 
   // Ranks that the gate may close wait for the router.
-  const bool wait = T::computed && select;
+  const bool wait = T::computed && !detail::is_told<typename T::Gate> && select;
   typename T::ShrinkOp ranks_of_u = shrink;
   if (jitter > 0) {
     const auto router = T::split_router(work, ranks_of_u);

@@ -5,8 +5,10 @@
 /// Source:      S-LoRA (arXiv 2311.03285) and Punica (2310.18547) for what engines need.
 /// Parameters:  lora_A.weight [Σr, d_in], lora_B.weight [d_out, Σr]. Ids come with the call: ForwardOptions::tasks, by
 ///              id or by segment, with count = slots(). Without dropout: LoRAs are trained alone.
-/// Errors:      sizes below 0; no ids in the call, an id that is no slot or an empty one (host).
-/// Cost:        LoRA of rank Σr on the composed path; rows of y without an adapter are not written (CPU).
+/// Errors:      sizes below 0; no ids in the call, an id that is no slot or an empty one (host; on the device it
+///              contributes nothing, and an id that is no slot sets gpu::Status).
+/// Cost:        LoRA of rank Σr on the composed paths; the fused ones compute what the batch asks for, and do not write
+///              rows of y without an adapter.
 /// Determinism: adapter/forward.hpp; a token depends on its own row and id only. Forward is const.
 /// Merge:       none: several adapters at once.
 /// Example:     tests/adapter/serving.cpp
@@ -19,7 +21,7 @@
 namespace loramix {
 inline namespace LORAMIX_ABI {
 
-/// Rank and scale of the LoRA in a slot; an empty slot has neither.
+/// Rank and scale of the LoRA in a slot; an empty slot has no scale, and a rank where it is room (gpu/serving.cuh).
 struct ServedSlot {
   Index rank = 0;
   double scale = 1;
@@ -44,36 +46,38 @@ struct ServedConfig {
 };
 
 /// Owns the A and B of all slots; there is at least one slot.
-template <class P = float, class T = typename precision_t<P>::weight>
+template <class P = float, Space S = Space::host, class T = typename precision_t<P>::weight>
 class Served {
  public:
   using Config = ServedConfig;
   using precision = precision_t<P>;
   using element = T;
   using score = typename precision::score;
-  template <class U, Space V = Space::host>
-  using rebind = Served<P, U>;
-  static constexpr Space space = Space::host;
+  template <class U, Space V = S>
+  using rebind = Served<P, V, U>;
+  static constexpr Space space = S;
   static constexpr const char* kind = "served";
 
   explicit Served(const Config& config)
       : config_(normal(config)),
-        offsets_(slots() + 1),
-        ids_(slots()),
-        scale_(tables()),
-        parameters_({detail::size_of(ranks(), config.d_in), detail::size_of(config.d_out, ranks())}) {
-    for (Index e = 0; e < slots(); ++e) {
-      ids_[e] = slot(e).used ? static_cast<std::int32_t>(e) : -1;
-      for (Index j = offsets_[e]; j < offsets_[e + 1]; ++j) scale_[j] = score(slot(e).scale);
-    }
-  }
+        begin_(table<Index>(
+            slots() + 1, [this, sum = Index{0}](Index e) mutable { return e == 0 ? sum : sum += slot(e - 1).rank; })),
+        offsets_(begin_),
+        ids_(
+            table<std::int32_t>(slots(), [this](Index e) { return static_cast<std::int32_t>(slot(e).used ? e : -1); })),
+        scale_(table<score>(ranks(),
+                            [this, e = Index{0}](Index j) mutable {
+                              while (begin_[e + 1] <= j) ++e;
+                              return score(slot(e).scale);
+                            })),
+        parameters_({detail::size_of(ranks(), config.d_in), detail::size_of(config.d_out, ranks())}) {}
 
   const Config& config() const { return config_; }
   Index slots() const { return static_cast<Index>(config_.slots.size()); }
   const ServedSlot& slot(Index e) const { return config_.slots[static_cast<std::size_t>(e)]; }
-  Index ranks() const { return offsets_[slots()]; }
-  VectorView<T> parameters() { return parameters_.flat(); }
-  VectorView<const T> parameters() const { return parameters_.flat(); }
+  Index ranks() const { return begin_[slots()]; }
+  VectorView<T, S> parameters() { return parameters_.flat(); }
+  VectorView<const T, S> parameters() const { return parameters_.flat(); }
   double scale() const { return 1; }
   double dropout() const { return 0; }
 
@@ -82,12 +86,16 @@ class Served {
   auto B() { return parameters_.rank_major(1, config_.d_out, ranks()); }
   auto B() const { return parameters_.rank_major(1, config_.d_out, ranks()); }
   /// The ranks of slot e.
-  auto A(Index e) { return A().row_range(offsets_[e], slot(e).rank); }
-  auto A(Index e) const { return A().row_range(offsets_[e], slot(e).rank); }
-  auto B(Index e) { return B().col_range(offsets_[e], slot(e).rank); }
-  auto B(Index e) const { return B().col_range(offsets_[e], slot(e).rank); }
-  RequestGate<T, score> gate() { return {ids_.view(), offsets_.data(), scale_.view()}; }
-  RequestGate<const T, score> gate() const { return {ids_.view(), offsets_.data(), scale_.view()}; }
+  auto A(Index e) { return A().row_range(begin_[e], slot(e).rank); }
+  auto A(Index e) const { return A().row_range(begin_[e], slot(e).rank); }
+  auto B(Index e) { return B().col_range(begin_[e], slot(e).rank); }
+  auto B(Index e) const { return B().col_range(begin_[e], slot(e).rank); }
+  /// Slot e as the gate reads it, for who puts LoRAs into room (gpu/serving.cuh): its id, −1 where it is empty,
+  /// and the scale of its ranks.
+  VectorView<std::int32_t, S> id(Index e) { return {ids_.data() + e, 1}; }
+  VectorView<score, S> scales(Index e) { return {scale_.data() + begin_[e], slot(e).rank}; }
+  RequestGate<T, score, S> gate() { return {ids_.view(), offsets_.data(), scale_.view()}; }
+  RequestGate<const T, score, S> gate() const { return {ids_.view(), offsets_.data(), scale_.view()}; }
 
   Cost cost(Index tokens) const {
     return product_cost<precision>(tokens, config_.d_in, config_.d_out, ranks(), ranks(), 0);
@@ -106,16 +114,20 @@ class Served {
     }
     return config;
   }
-  Index tables() {
-    for (Index e = 0; e < slots(); ++e) offsets_[e + 1] = offsets_[e] + slot(e).rank;
-    return ranks();
+  /// What the gate reads, made on the host: value(i) for i in [0, n).
+  template <class V, class F>
+  static Buffer<V> table(Index n, F value) {
+    Buffer<V> values(n);
+    for (Index i = 0; i < n; ++i) values[i] = value(i);
+    return values;
   }
 
   Config config_;
-  Buffer<Index> offsets_;
-  Buffer<std::int32_t> ids_;
-  Buffer<score> scale_;
-  Parameters<T, Space::host, 2> parameters_;
+  Buffer<Index> begin_;  // [slots + 1] a slot's first rank
+  Buffer<Index, S> offsets_;
+  Buffer<std::int32_t, S> ids_;
+  Buffer<score, S> scale_;
+  Parameters<T, S, 2> parameters_;
 };
 
 }  // namespace LORAMIX_ABI

@@ -24,7 +24,7 @@ inline namespace LORAMIX_ABI {
 template <class P = float, class T = typename precision_t<P>::weight>
 class Serving {
  public:
-  using Snapshot = Served<P, T>;
+  using Snapshot = Served<P, Space::host, T>;
   using Pointer = std::shared_ptr<const Snapshot>;
 
   Serving(Index d_in, Index d_out) : current_(std::make_shared<const Snapshot>(ServedConfig{d_in, d_out})) {}

@@ -35,6 +35,12 @@ class Buffer<T, Space::device> {
     gpu::check_cuda("cudaMemset", cudaMemset(memory, 0, bytes()));
     wait();
   }
+  /// A copy of host memory.
+  explicit Buffer(const Buffer<T, Space::host>& host) : Buffer(host.size()) {
+    if (size_ == 0) return;
+    gpu::check_cuda("cudaMemcpy", cudaMemcpy(data_, host.data(), bytes(), cudaMemcpyHostToDevice));
+    wait();
+  }
   Buffer(const Buffer& other) : Buffer(other.size_) {
     if (size_ == 0) return;
     gpu::check_cuda("cudaMemcpy", cudaMemcpy(data_, other.data_, bytes(), cudaMemcpyDeviceToDevice));

@@ -18,6 +18,7 @@ template <class W, class Score, Space S = Space::host>
 struct RequestGate {
   static constexpr GateFacts facts{Sparsity::segments, Slots::ids | Slots::rank_scale, false};
   static constexpr Space space = S;
+  static constexpr bool told = true;  // by the call, before U is computed
   struct State {};
 
   VectorView<const std::int32_t, S> ids;  // [slots] a slot's own number, −1 = empty
