@@ -192,7 +192,9 @@ void run_grouped(const Backend<E>& be, const GroupedSpread<Y, W, M>& spread, Mat
   const Selection& s = *spread.selection;
   const Index tokens = spread.all.y.rows, columns = spread.all.y.cols;
   const bool natural = M == Major::row && class_of(be.tuning, tokens) != TokenClass::many;
-  const Index sweep = smaller(sweep_of(be.tuning), packed_sweep_of(be.tuning, spread.all.ranks(), columns));
+  // A panel of sums goes along with a page of y where rows are met by several groups.
+  const Index packed = packed_sweep_of(be.tuning, spread.all.ranks(), columns);
+  const Index sweep = s.most() > 1 || natural ? smaller(sweep_of(be.tuning), packed) : packed;
   const Index lanes_used = be.lanes();
   const Index wide = natural ? smaller(sweep, round_up(blocks_of(columns, lanes_used), column_panel)) : sweep;
   const Index blocks = blocks_of(columns, wide);
@@ -251,7 +253,8 @@ struct FusedShrink {
     const Input<X> dropped{op.x, op.dropout};
     if (grouped && op.x.rows != 0) {
       selection.build(be);
-      run_grouped(be, Grouped{dropped, op.A, &selection, sweep_of(be.tuning), 1.f, op.u}, lanes);
+      const Index sweep = Grouped::sweep_of(be.tuning, selection, op.A.cols, dropped.direct());
+      run_grouped(be, Grouped{dropped, op.A, &selection, sweep, 1.f, op.u}, lanes);
     } else {
       ranks.run(be, dropped, 1.f, op.u, lanes, together ? op.h : MatrixView<float>{});
     }
@@ -385,10 +388,9 @@ struct FusedExpandBackward {
   void run(const Backend<E>& be, const Op& op) const {
     run(be, op, [&](MatrixView<float> out) {
       const Input<Y> dy{op.dy};
-      if (grouped)
-        run_grouped(be, Grouped{dy, op.B.transposed(), &selection, sweep_of(be.tuning), op.scale, out}, lanes);
-      else
-        ranks.run(be, dy, op.scale, out, lanes);
+      if (!grouped) return ranks.run(be, dy, op.scale, out, lanes);
+      const Index sweep = Grouped::sweep_of(be.tuning, selection, op.dy.cols, dy.direct());
+      run_grouped(be, Grouped{dy, op.B.transposed(), &selection, sweep, op.scale, out}, lanes);
     });
   }
   /// contract(out): out [T, R] = s dY B, the open ranks at least.

@@ -38,11 +38,20 @@ struct GroupedContraction {
     return M == Major::row && class_of(tuning, tokens) != TokenClass::many;
   }
   static bool swept_by_dots(const Selection& s) { return M == Major::row && s.most_ranks() <= width / 2; }
+  /// Columns of a sweep: a page, so that rows that several groups read stay in L2; where each is read once, as far as the
+  /// packed weights stay there.
+  static Index sweep_of(const Tuning& tuning, const Selection& s, Index depth, bool direct) {
+    if (s.most() > 1 || !direct) return detail::sweep_of(tuning);
+    return larger(detail::sweep_of(tuning), packed_sweep_of(tuning, packets_of(s) * width, depth));
+  }
+  /// For direct rows, and for others where `direct` does not promise that there are none.
   static Index scratch(const Tuning& tuning, const Selection& s, Index depth, bool direct) {
-    const Index columns = pitch(smaller(sweep_of(tuning), depth));
-    const Index block = direct ? 0 : Selection::chunk * columns;
-    const Index dots = Selection::chunk * dot_columns * width;
-    return block + larger(dots, larger(sums_of(s), most_sums) + packets_of(s) * width * columns);
+    const Index dots = Selection::chunk * dot_columns * width, sums = larger(sums_of(s), most_sums);
+    const auto with = [&](bool rows_lie) {
+      const Index columns = pitch(smaller(sweep_of(tuning, s, depth, rows_lie), depth));
+      return (rows_lie ? 0 : Selection::chunk * columns) + larger(dots, sums + packets_of(s) * width * columns);
+    };
+    return direct ? with(true) : larger(with(true), with(false));
   }
   /// Chunks of one job.
   static Index most_chunks(const Selection& s) { return larger(1, most_sums / larger(1, sums_of(s))); }
@@ -284,15 +293,26 @@ struct GroupedSpread {
  private:
   static Index keep_pitch(Index columns) { return round_up(columns, 8 * width) / 8; }
 
-  /// y (+)= v, packet n of the panel at column c.
-  [[gnu::always_inline]] void put(Index t, Index c, Index wide, int n, Packet v) const {
-    Y* const out = all.y.row(t) + c + n * width;
-    const Index left = wide - n * width;
-    if (left >= width) {
-      store(out, all.into == Into::add ? add(load(out), v) : v);
-    } else if (left > 0) {
-      store_part(out, all.into == Into::add ? add(load_part(out, left), v) : v, left);
+  /// A tile is added to y, or assigned: `wide` columns from c on, row m of it to token_of(m).
+  template <int T, int N, class F>
+  [[gnu::always_inline]] void put(const Tile<T, N>& sum, Index c, Index wide, const F& token_of) const {
+    const auto each = [&](const auto& f) __attribute__((always_inline)) {
+      unroll<T>([&](auto m) {
+        Y* const out = all.y.row(token_of(m)) + c;
+        unroll<N>([&](auto n) { f(out + n * width, sum.c[m][n], wide - n * width); });
+      });
+    };
+    if (wide == N * width) {
+      if (all.into == Into::add) return each([](Y* out, Packet v, Index) { store(out, add(load(out), v)); });
+      return each([](Y* out, Packet v, Index) { store(out, v); });
     }
+    each([this](Y* out, Packet v, Index left) {
+      if (left >= width) {
+        store(out, all.into == Into::add ? add(load(out), v) : v);
+      } else if (left > 0) {
+        store_part(out, all.into == Into::add ? add(load_part(out, left), v) : v, left);
+      }
+    });
   }
 
   /// Where a panel of weights lies.
@@ -356,7 +376,7 @@ struct GroupedSpread {
       sum.set([&](int, int, Packet v) { return mul(factor, v); });
     }
     if (all.second.w.rows != 0) add_product(sum, all.second, 0, all.second.w.rows, weights.second, weights.second_step);
-    sum.each([&](int i, int j, Packet v) { put(token(i), to.c, to.wide, j, v); });
+    put(sum, to.c, to.wide, token);
   }
 
   /// One panel of columns for the tokens of one chunk.
@@ -426,10 +446,12 @@ struct GroupedSpread {
     for (Index i = 0; i < selection->tokens(place.chunk); ++i) {
       const Index t = place.chunk * Selection::chunk + i;
       if (all.idle != nullptr && all.idle[t] != 0) continue;
-      for (int j = 0; j < packets; ++j) {
-        const Packet v = load(place.partial + i * panel + j * width);
-        put(t, place.c, place.wide, j, side ? v : scaled(place.keep + i * place.keep_pitch, j, v));
+      Tile<1, packets> sum;
+      sum.load_from(place.partial + i * panel, panel);
+      if (!side) {
+        sum.set([&](int, int j, Packet v) { return scaled(place.keep + i * place.keep_pitch, j, v); });
       }
+      put(sum, place.c, place.wide, [t](int) { return t; });
     }
   }
 };
@@ -490,8 +512,9 @@ struct GroupedTokenSum {
   static constexpr Index sweep = 1008;  // columns of a job: a multiple of every panel, and of 8
   static constexpr Index ranks_of_job = 128;
 
-  /// Chunks whose tokens are in one list, and tokens of a list that are added together; fewer where lists are long.
-  static constexpr Index together = 2, most_in_sum = 80, few_in_sum = 48;
+  /// Chunks whose tokens are in one list, and tokens of a list that are added together; fewer where lists are long, and
+  /// where rows are read as they lie, for these share few sets of L1. Their number changes no bit.
+  static constexpr Index together = 2, most_in_sum = 80, few_in_sum = 48, least_in_sum = 24;
 
   /// Groups of one job: as many as have at most `ranks_of_job` ranks, one at least; all, where groups share ranks.
   static Index groups_of_job(const Selection& s) {
@@ -518,7 +541,8 @@ struct GroupedTokenSum {
   struct Tokens {
     const std::uint16_t* t;
     Index n;
-    bool consecutive() const { return t[n - 1] - t[0] == n - 1; }
+    bool consecutive() const { return n > 0 && t[n - 1] - t[0] == n - 1; }
+    bool in_place(Index ranks) const { return consecutive() && ranks <= TokenSum<X, G, M>::few_ranks; }
   };
 
   void add(const Rows& from, const Tokens& tokens, Index g, Index columns, float* sums, float* scratch,
@@ -555,7 +579,7 @@ void GroupedTokenSum<X, G, M>::add(const Rows& from, const Tokens& tokens, Index
     const float* const row = left.row(from.first_token + tokens.t[i]) + selection->rank_begin(g);
     for (Index r = 0; r < ranks; r += rows) std::copy_n(row + r, smaller(rows, ranks - r), lefts + r * n + i * rows);
   }
-  const bool in_place = tokens.consecutive() && ranks <= TokenSum<X, G, M>::few_ranks;
+  const bool in_place = tokens.in_place(ranks);
   for (Index c = 0; c < columns; c += panel) {
     const Index wide = smaller(panel, columns - c);
     Panel<float> rows_of{from.p + tokens.t[0] * from.stride + c, from.stride};
@@ -597,7 +621,8 @@ void GroupedTokenSum<X, G, M>::run(Index g0, Index groups, Index c0, Index colum
           listed[count++] = static_cast<std::uint16_t>(i * Selection::chunk + list.entries[j].token);
         }
       }
-      const Cut cut(count, 1, s.share_ranks() ? few_in_sum : most_in_sum, 1);
+      const bool in_place = Tokens{listed, count}.in_place(s.rank_count(g));
+      const Cut cut(count, 1, in_place ? least_in_sum : s.share_ranks() ? few_in_sum : most_in_sum, 1);
       for (Index i = 0; i < cut.jobs; ++i) {
         const Tokens tokens{listed + cut.begin(i), cut.count(i, count)};
         // What is read next: the rows behind these, or, where lists take turns, those behind these chunks.
