@@ -31,7 +31,8 @@ lm::Buffer<T, device> pattern(Index n, bool drawn) {
   std::mt19937 random(1);
   for (T& value : host) {
     const auto i = static_cast<Index>(&value - host.data());
-    value = lm::narrow<T>(drawn ? static_cast<float>(random() >> 24) / 128 - 1 : static_cast<float>(i % 251 - 125) / 128);
+    value =
+        lm::narrow<T>(drawn ? static_cast<float>(random() >> 24) / 128 - 1 : static_cast<float>(i % 251 - 125) / 128);
   }
   lm::Buffer<T, device> there(n);
   lm::gpu::copy(lm::VectorView<const T>(host.data(), n), there.view());
