@@ -97,7 +97,9 @@ struct state_of<G> {
 
 /// Whether it is the call that says what a gate chooses (router/request.hpp): no router is waited for.
 template <class Gate>
-inline constexpr bool is_told = requires { requires Gate::told; };
+inline constexpr bool is_told = requires {
+  requires Gate::told;
+};
 
 /// The types of an adapter's product.
 template <class A>
