@@ -337,10 +337,10 @@ struct GroupedSpread {
         const Panels to{chunk * Selection::chunk, c0 + j, smaller(panel, columns - j), r, ranks, keep + j / 8,
                         keep_pitch(columns)};
         weights_of(j, [&](const auto& weights) {
-          if (consecutive)
-            direct_tile<m, packets, m == rows>(to, entries, weights);
-          else
-            direct_tile<m, packets, false>(to, entries, weights);
+          if constexpr (m == rows) {
+            if (consecutive) return direct_tile<m, packets, true>(to, entries, weights);
+          }
+          direct_tile<m, packets, false>(to, entries, weights);
         });
       }
     });
