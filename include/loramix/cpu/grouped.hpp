@@ -89,14 +89,20 @@ struct GroupedContraction {
       x.convert(c * Selection::chunk + i, k, n, block + i * pitch(n));
     }
   }
+  /// A chunk's rows: where they lie, or what was converted.
+  struct ChunkRows {
+    const float* p;
+    Index stride;
+  };
+  ChunkRows rows_of(Index c, Index k, Index n, const float* block) const {
+    if constexpr (std::is_same_v<X, float>) {
+      if (x.direct()) return {x.rows.row(c * Selection::chunk) + k, x.rows.stride};
+    }
+    return {block, pitch(n)};
+  }
   void sweep_chunk(Index c, Index k, Index n, const float* panels, const float* block, float* sums,
                    RowWalk<X>& next) const {
-    const float* rows = block;
-    Index stride = pitch(n);
-    if (x.direct()) {
-      if constexpr (std::is_same_v<X, float>) rows = x.rows.row(c * Selection::chunk) + k;
-      stride = x.rows.stride;
-    }
+    const ChunkRows rows = rows_of(c, k, n, block);
     const Index pitch_of_sums = padded(*selection);
     for (Index g = 0; g < selection->groups(); ++g) {
       const Selection::List list = selection->list(c, g);
@@ -111,13 +117,13 @@ struct GroupedContraction {
           const float* const panel = panels + begin * n;
           Index i = 0;
           for (; consecutive && i + most <= count; i += most) {
-            tile<most, packets>(n, Rows3<most>(rows + entries[i].token * stride, stride), panel,
+            tile<most, packets>(n, Rows3<most>(rows.p + entries[i].token * rows.stride, rows.stride), panel,
                                 sums_of + i * pitch_of_sums + begin, pitch_of_sums, k == 0, next);
           }
           in_steps<listed_rows(packets)>(
               count,
               [&](auto m, Index j) {
-                const RowList<m> list_rows([&](int r) { return rows + entries[j + r].token * stride; });
+                const RowList<m> list_rows([&](int r) { return rows.p + entries[j + r].token * rows.stride; });
                 tile<m, packets>(n, list_rows, panel, sums_of + j * pitch_of_sums + begin, pitch_of_sums, k == 0, next);
               },
               i);
@@ -141,19 +147,14 @@ struct GroupedContraction {
   }
   /// The same by dot products on the weights as they lie: columns [k, k + n).
   void dot_chunk(Index c, Index k, Index n, const float* block, float* sums, RowWalk<X>& next) const {
-    const float* rows = block;
-    Index stride = pitch(n);
-    if (x.direct()) {
-      if constexpr (std::is_same_v<X, float>) rows = x.rows.row(c * Selection::chunk) + k;
-      stride = x.rows.stride;
-    }
+    const ChunkRows rows = rows_of(c, k, n, block);
     const Index pitch_of_sums = padded(*selection);
     for (Index g = 0; g < selection->groups(); ++g) {
       const Selection::List list = selection->list(c, g);
       const Index begin = selection->rank_begin(g);
       in_steps<dot_columns>(selection->rank_count(g), [&](auto ranks, Index r) {
         in_steps<dot_rows>(list.count, [&](auto m, Index i) {
-          dot_tile<m, ranks>(k, n, list.entries + i, rows, stride, begin + r,
+          dot_tile<m, ranks>(k, n, list.entries + i, rows.p, rows.stride, begin + r,
                              sums + (list.first_entry + i) * pitch_of_sums + r, pitch_of_sums, next);
         });
       });

@@ -5,7 +5,7 @@
 ///
 /// Computes:    M × N packets (outer) or M × N sums (dot), held in registers; which M and N, `RegisterTile` says.
 /// Parameters:  a: rows of numbers, consecutive in k (Rows3, RowList) or in m (Columns); panel: K rows of N packets (Panel,
-///              PacketPanel, PanelList); x: M rows [K], w [N, K].
+///              PacketPanel); x: M rows [K], w [N, K].
 /// Errors:      none.
 /// Cost:        M·N multiply-adds and M + N loads per k (outer) or per `width` k (dot).
 /// Determinism: an element's sum does not depend on M, N or on its place in the tile.
@@ -103,13 +103,6 @@ struct PacketPanel {
   const float* p;
   Index between;
   [[gnu::always_inline]] const float* row(Index k) const { return p + k * width; }
-};
-/// Row k of a panel where a list says, from column c on.
-struct PanelList {
-  const float* const* rows;
-  Index c;
-  static constexpr Index between = width;
-  [[gnu::always_inline]] const float* row(Index k) const { return rows[k] + c; }
 };
 
 struct NoHint {
