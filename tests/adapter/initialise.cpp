@@ -1,4 +1,7 @@
 // Starting values: golden numbers from an independent Philox, bounds, names, and what an adapter counts and visits.
+#include <loramix/adapter/mix_lora.hpp>
+#include <loramix/adapter/mola.hpp>
+
 #include "adapter/kinds.hpp"
 
 namespace loramix_test {
@@ -80,6 +83,20 @@ TEST_CASE_TEMPLATE("parameters begin on boundaries of every type, costs are per 
   A copy = adapter;  // a value: copies share nothing
   copy.parameters()[0] = 1;
   CHECK(adapter.parameters()[0] == 0);
+}
+
+TEST_CASE("roles are told apart by their letters, wherever these lie") {
+  const char letters[] = "A", more[] = "AB", none[] = "";  // no literals: a compiler may merge those
+  const lm::ParameterGroup elsewhere{letters}, longer{more}, empty{none};
+  CHECK(elsewhere.is(lm::group::A));
+  CHECK(lm::group::A.is(elsewhere));
+  CHECK_FALSE(elsewhere.is(lm::group::B));
+  for (const lm::ParameterGroup& other : {longer, empty}) {
+    CHECK_FALSE(other.is(lm::group::A));
+    CHECK_FALSE(lm::group::A.is(other));
+  }
+  CHECK(lm::MixLora<float>({.experts = 3, .rank = 1}).tensors(elsewhere) == 3);
+  CHECK(lm::Mola<float>({.experts = 3, .rank = 1}).tensors(elsewhere) == 3);
 }
 
 struct NoGate {

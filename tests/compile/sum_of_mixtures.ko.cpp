@@ -1,4 +1,4 @@
-// expect: loramix: this adapter's gate depends on the token: it has no one ΔW to be summed
+// expect: loramix: this adapter's gate depends on the token: it has no one delta W to be summed
 #include <loramix/adapter/combine.hpp>
 #include <loramix/cpu/cpu.hpp>
 

@@ -35,7 +35,7 @@ std::string check_file(std::size_t form, const std::string& folder) {
   lm::io::save(path, module, adapter);
   const std::string first = bytes();
   const A back = lm::io::load<A>(path, module);
-  const auto a = adapter.parameters(), b = back.parameters();
+  const auto a = std::as_const(adapter).parameters(), b = back.parameters();
   if (a.size != b.size) return "parameters differ in number";
   if (a.size != 0 && std::memcmp(a.data, b.data, static_cast<std::size_t>(a.size) * sizeof(*a.data)) != 0) {
     return "parameters differ";

@@ -63,7 +63,7 @@ typename detail::lora_of<A>::type weighted_sum(std::span<const Weighted<A>> term
   using Gate = decltype(std::declval<const A&>().gate());
   using T = typename A::element;
   static_assert(Gate::facts.token_invariant,
-                "loramix: this adapter's gate depends on the token: it has no one ΔW to be summed");
+                "loramix: this adapter's gate depends on the token: it has no one delta W to be summed");
   const char* const op = "weighted_sum";
   check::at_least(op, "the number of adapters", static_cast<Index>(terms.size()), 1);
   const Index d_in = terms[0].adapter->A().cols, d_out = terms[0].adapter->B().rows;

@@ -109,14 +109,12 @@ class MixLora {
     f("moe_gate.weight", self.side(), group::router);
   }
   /// Files hold the A and B of every expert apart.
-  Index tensors(ParameterGroup role) const {
-    return role.name == group::A.name || role.name == group::B.name ? config_.experts : 0;
-  }
+  Index tensors(ParameterGroup role) const { return role.is(group::A) || role.is(group::B) ? config_.experts : 0; }
   template <class Fill>
   void start(Fill& fill) {
     visit(*this, [&](const char* name, auto view, ParameterGroup role) {
-      if (role.name == group::A.name) fill.uniform(name, view, 1 / std::sqrt(static_cast<double>(view.cols)));
-      if (role.name == group::B.name) fill.zero(view);
+      if (role.is(group::A)) fill.uniform(name, view, 1 / std::sqrt(static_cast<double>(view.cols)));
+      if (role.is(group::B)) fill.zero(view);
     });
     fill.normal("moe_gate.weight", side().row_range(0, config_.experts), 0.02 * 0.02);
     fill.zero(side().row_range(config_.experts, side().rows - config_.experts));

@@ -134,7 +134,7 @@ class Mixture {
   }
   /// Files hold the A and B of every expert apart.
   Index tensors(ParameterGroup role) const {
-    const bool split = role.name == group::B.name || (role.name == group::A.name && !Method::shared_A);
+    const bool split = role.is(group::B) || (role.is(group::A) && !Method::shared_A);
     return split ? config_.experts : 0;
   }
   template <class Fill>

@@ -96,7 +96,7 @@ class MoeLora {
   }
   /// Files hold the A and B of every expert apart.
   Index tensors(ParameterGroup role) const {
-    const bool split = role.name == group::B.name || (role.name == group::A.name && !config_.shared_A);
+    const bool split = role.is(group::B) || (role.is(group::A) && !config_.shared_A);
     return split ? config_.experts : 0;
   }
   template <class Fill>

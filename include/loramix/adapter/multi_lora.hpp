@@ -96,9 +96,7 @@ class MultiLora {
     f("gamma", self.gamma(), group::scale);
   }
   /// Files hold the A and B of every expert apart.
-  Index tensors(ParameterGroup role) const {
-    return role.name == group::A.name || role.name == group::B.name ? config_.experts : 0;
-  }
+  Index tensors(ParameterGroup role) const { return role.is(group::A) || role.is(group::B) ? config_.experts : 0; }
   template <class Fill>
   void start(Fill& fill) {
     fill.uniform("lora_A.weight", A(), 1 / std::sqrt(static_cast<double>(config_.d_in)));

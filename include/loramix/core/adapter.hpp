@@ -28,6 +28,13 @@ inline namespace LORAMIX_ABI {
 struct ParameterGroup {
   const char* name;
   bool decay = true;
+
+  /// By the letters: equal literals need not lie at one address.
+  constexpr bool is(const ParameterGroup& other) const {
+    const char *a = name, *b = other.name;
+    for (; *a != '\0' && *a == *b; ++a) ++b;
+    return *a == *b;
+  }
 };
 
 namespace group {

@@ -242,7 +242,7 @@ void composed(const Backend<E>& be, const ShrinkBackward<X, W, Acc, Score, G, Sp
   using namespace detail;
   const ShrinkBackwardScratch<Acc> scratch = carve(work, be, op);
   const MatrixView<Acc> dh = scratch.dh;
-  const Index tokens = op.x.rows, width = op.x.cols;
+  const Index tokens = op.x.rows;
   for (Index t = 0; t < dh.rows; ++t) {
     for (Index j = 0; j < dh.cols; ++j) dh(t, j) = widen<Acc>(op.dh(t, j));
   }
@@ -263,10 +263,10 @@ void composed(const Backend<E>& be, const ShrinkBackward<X, W, Acc, Score, G, Sp
   parameters(MatrixView<const Acc>(dh), op.dside, false);
 
   if (op.dx.data == nullptr) return;
-  const Index columns = blocks_of(width, tile_cols);
+  const Index columns = blocks_of(op.x.cols, tile_cols);
   be.run(columns * blocks_of(tokens, tile_rows), [&](Index job, Index lane_id) {
     const Lane<Acc> lane = scratch.lanes[lane_id];
-    const Index t = job / columns * tile_rows, c = job % columns * tile_cols, n = smaller(tile_cols, width - c);
+    const Index t = job / columns * tile_rows, c = job % columns * tile_cols, n = smaller(tile_cols, op.x.cols - c);
     GemmScratch<Acc> packing(lane.packing);
     const auto add = [&](MatrixView<const Acc> left, MatrixView<const W> weights) {
       load_tile(left, t, 0, left.cols, lane.rows, left.cols);
@@ -380,15 +380,15 @@ void composed(const Backend<E>& be, const ExpandBackward<Acc, W, Y, Score, G, Sp
   using namespace detail;
   const ExpandBackwardScratch<Acc> scratch = carve(work, be, op);
   const MatrixView<Acc> gated = scratch.gated, dut = scratch.dut;
-  const Index tokens = op.u.rows, ranks = op.B.cols, width = op.dy.cols;
+  const Index tokens = op.u.rows, ranks = op.B.cols, d_out = op.dy.cols;
 
   be.run(blocks_of(tokens, tile_rows), [&](Index job, Index lane_id) {
     const Lane<Acc> lane = scratch.lanes[lane_id];
     const Index t = job * tile_rows;
     GemmScratch<Acc> packing(lane.packing);
     fill_zero(lane.result, tile_rows * ranks);
-    for (Index c = 0; ranks != 0 && c < width; c += tile_cols) {
-      const Index n = smaller(tile_cols, width - c);
+    for (Index c = 0; ranks != 0 && c < d_out; c += tile_cols) {
+      const Index n = smaller(tile_cols, d_out - c);
       load_tile(op.dy, t, c, n, lane.tile, tile_cols);
       const auto block = weight_block<Acc>(op.B, c, n, 0, ranks, lane.weights);  // [n, R]
       gemm<Major::row, M>(tile_rows, ranks, n, lane.tile, tile_cols, block.data, block.stride, lane.result, ranks,
@@ -406,7 +406,7 @@ void composed(const Backend<E>& be, const ExpandBackward<Acc, W, Y, Score, G, Sp
 
   if (op.dB.data == nullptr) return;
   apply_gate(be, op.u, op.gate, gated);
-  const Index columns = blocks_of(width, tile_cols);
+  const Index columns = blocks_of(d_out, tile_cols);
   be.run(columns * blocks_of(ranks, rank_block), [&](Index job, Index lane_id) {
     const Lane<Acc> lane = scratch.lanes[lane_id];
     token_product(lane, MatrixView<const Acc>(gated), tokens, job / columns * rank_block, job % columns * tile_cols,

@@ -251,7 +251,7 @@ void each_tensor(const char* parameter, View view, ParameterGroup role, Index ex
   for (Index e = 0; e < experts; ++e) {
     const std::string of_expert = name.substr(0, place) + "experts." + std::to_string(e) + "." + name.substr(place);
     const Index rows = view.rows / experts, cols = view.cols / experts;
-    f(of_expert, role.name == group::A.name ? view.row_range(e * rows, rows) : view.col_range(e * cols, cols));
+    f(of_expert, role.is(group::A) ? view.row_range(e * rows, rows) : view.col_range(e * cols, cols));
   }
 }
 /// The same for every parameter of an adapter.
