@@ -161,3 +161,34 @@ TEST_CASE("NaN in gives NaN out, for that token alone") {
   const Outputs<float> out = product(be, in, lm::OpenGate<float>{}.form(tokens, ranks));
   for (Index t = 0; t < tokens; ++t) CHECK(std::isnan(out.y(t, 0)) == (t == 5));
 }
+
+TEST_CASE("a token without an expert leaves its row of y as it is, even −0, whatever B holds") {
+  constexpr Index wide = 2 * 64 + 3;  // whole panels of every machine, and a part of one
+  Random random(seed(44));
+  for (const Index count : {Index{5}, tokens}) {
+    Inputs<float> in = draw_inputs<float>(random, count, d_in, wide, ranks);
+    for (Index o = 0; o < wide; ++o) {
+      for (Index j = 0; j < ranks; ++j) in.B(o, j) = std::numeric_limits<float>::infinity();
+    }
+    const auto u = drawn<lm::Matrix<float>>(random, count, ranks), weights = drawn<lm::Matrix<float>>(random, count, 1);
+    lm::Matrix<std::int32_t> ids(count, 1);
+    for (Index t = 0; t < count; ++t) ids(t, 0) = static_cast<std::int32_t>(t % 3) - 1;
+    const lm::GateForm<float> form = lm::TopKExperts<float>{ids, weights, experts}.form(count, ranks);
+    for (const auto grouping : {lm::cpu::Grouping::dense, lm::cpu::Grouping::grouped}) {
+      const lm::cpu::Backend<> told{{}, {.grouping = grouping}};
+      lm::Matrix<float> y(count, wide);
+      for (Index i = 0; i < count * wide; ++i) y.data()[i] = -0.0f;
+      run_on_host(told, lm::Expand<float, float, float, float, lm::Space::host, lm::Major::column>{u, form, in.B, 2.0f,
+                                                                                                   y, lm::Into::add});
+      Index kept = 0, written = 0;
+      for (Index t = 0; t < count; ++t) {
+        for (Index o = 0; o < wide; ++o) {
+          kept += ids(t, 0) < 0 && y(t, o) == 0 && std::signbit(y(t, o)) ? 1 : 0;
+          written += ids(t, 0) >= 0 && !std::isfinite(y(t, o)) ? 1 : 0;
+        }
+      }
+      CHECK(kept == (count + 2) / 3 * wide);
+      CHECK(kept + written == count * wide);
+    }
+  }
+}
