@@ -189,7 +189,12 @@ inline GateData draw_gate(Random& random, const GateSpec& spec, Index tokens, In
     d.id_groups = draw_groups(random, spec.ids, tokens);
     d.ids = draw_ids(random, spec, d.id_groups.count, d.experts);
     if (spec.mixed_ranks) {  // experts without ranks exist; token 0 must not be theirs alone
-      for (Index g = 0; g < d.ids.rows() && g < 2; ++g) d.ids(g, 0) = 0;
+      for (Index g = 0; g < d.ids.rows() && g < 2; ++g) {
+        for (Index k = 1; k < d.ids.cols(); ++k) {
+          if (d.ids(g, k) == 0) d.ids(g, k) = d.ids(g, 0);
+        }
+        d.ids(g, 0) = 0;
+      }
     }
     if (spec.id_weights) d.id_weights = draw_grid(random, d.ids.rows(), d.ids.cols());
   }

@@ -183,9 +183,13 @@ void run_grouped(const Backend<E>& be, const GroupedContraction<X, W, M>& job, M
            [&](Index i, Index lane) { job.run_dots(i / s.groups(), i % s.groups(), lanes.row(lane)); });
     return;
   }
-  const Cut cut(s.chunks(), be.lanes(), job.most_chunks(s), 1);
-  be.run(cut.jobs,
-         [&](Index i, Index lane) { job.run_sweeps(cut.begin(i), cut.count(i, s.chunks()), lanes.row(lane)); });
+  // Chunks of pairs are long, and few: every lane takes its part of each.
+  const Index parts = s.in_pairs() ? be.lanes() : 1;
+  const Cut cut(s.chunks(), s.in_pairs() ? 1 : be.lanes(), job.most_chunks(s), 1);
+  be.run(cut.jobs * parts, [&](Index i, Index lane) {
+    const Index chunks = i / parts;
+    job.run_sweeps(cut.begin(chunks), cut.count(chunks, s.chunks()), i % parts, parts, lanes.row(lane));
+  });
 }
 template <class E, class Y, class W, Major M>
 void run_grouped(const Backend<E>& be, const GroupedSpread<Y, W, M>& spread, MatrixView<float> lanes) {
@@ -242,7 +246,7 @@ struct FusedShrink {
     const Contraction<W, Major::row> both{op.A, op.side};
     Index floats = larger(both.scratch(be, op.x.rows, dropped.direct()), side.scratch(be, op.x.rows, plain.direct()));
     if (grouped) {
-      selection = Selection(arena, op.select);
+      selection = Selection(arena, op.select, Grouped::listing(be.tuning, op.select));
       floats = larger(floats, Grouped::scratch(be.tuning, selection, op.A.cols, dropped.direct()));
     }
     lanes = carve_lanes(arena, be.lanes(), floats);
@@ -269,7 +273,7 @@ struct FusedShrinkBackward {
   using Back = Spread<X, W, Major::row>;
   bool grouped;
   bool together;  // dA and dside are sums over the same x
-  Selection selection;
+  Selection selection, pairs;
   MatrixView<float> lanes;
 
   template <class E, class Op>
@@ -283,6 +287,8 @@ struct FusedShrinkBackward {
     floats = larger(floats, Sum::scratch(be.tuning, op.side.rows, op.A.cols, std::is_same_v<X, float>));
     if (grouped) {
       selection = Selection(arena, op.select);
+      if (listing(be.tuning, op.select) == Selection::By::pair)
+        pairs = Selection(arena, op.select, Selection::By::pair);
       floats = larger(floats,
                       larger(GroupedSum::scratch(selection), GroupedSpread<X, W, Major::row>::scratch(ranks, sweep)));
     }
@@ -304,10 +310,9 @@ struct FusedShrinkBackward {
       run_token_sum(be, Sum{op.dh, {op.x}, 1.f, op.parameters, op.dside, be.tuning}, lanes);
     }
     if (op.dx.data == nullptr || op.dx.empty()) return;
-    if (grouped)
-      run_grouped(be, GroupedSpread<X, W, Major::row>{back, &selection}, lanes);
-    else
-      run_spread(be, back, lanes);
+    if (!grouped) return run_spread(be, back, lanes);
+    if (pairs.in_pairs()) pairs.build(be);
+    run_grouped(be, GroupedSpread<X, W, Major::row>{back, pairs.in_pairs() ? &pairs : &selection}, lanes);
   }
 };
 
@@ -338,7 +343,7 @@ struct FusedExpand {
         gated(arena.matrix<float>(op.u.rows, op.B.cols)),
         idle(carve_idle(arena, op)) {
     const Index sweep = packed_sweep_of(be.tuning, op.B.cols, op.B.rows);
-    if (grouped) selection = Selection(arena, op.gate);
+    if (grouped) selection = Selection(arena, op.gate, listing(be.tuning, op.gate));
     lanes =
         carve_lanes(arena, be.lanes(), larger(Out::scratch(op.B.cols, sweep), GroupedOut::scratch(op.B.cols, sweep)));
   }
@@ -364,7 +369,7 @@ struct FusedExpandBackward {
   MatrixView<float> gated;  // [T, R] ũ
   MatrixView<float> dut;    // [T, R] dŨ
   loramix::detail::GateContributions<float, Space::host> by_token;
-  Selection selection;
+  Selection selection, pairs;
   MatrixView<float> lanes;
 
   template <class E, class Op>
@@ -378,19 +383,25 @@ struct FusedExpandBackward {
     Index floats = larger(ranks.scratch(be, op.u.rows, direct), Sum::scratch(be.tuning, op.B.cols, op.B.rows, direct));
     if (grouped) {
       selection = Selection(arena, op.gate);
-      floats = larger(
-          floats, larger(Grouped::scratch(be.tuning, selection, op.dy.cols, direct), GroupedSum::scratch(selection)));
+      if (Grouped::listing(be.tuning, op.gate) == Selection::By::pair)
+        pairs = Selection(arena, op.gate, Selection::By::pair);
+      floats = larger(floats,
+                      larger(Grouped::scratch(be.tuning, rows(), op.dy.cols, direct), GroupedSum::scratch(selection)));
     }
     lanes = carve_lanes(arena, be.lanes(), floats);
   }
+
+  /// What the contraction goes through.
+  const Selection& rows() const { return pairs.in_pairs() ? pairs : selection; }
 
   template <class E, class Op>
   void run(const Backend<E>& be, const Op& op) const {
     run(be, op, [&](MatrixView<float> out) {
       const Input<Y> dy{op.dy};
       if (!grouped) return ranks.run(be, dy, op.scale, out, lanes);
-      const Index sweep = Grouped::sweep_of(be.tuning, selection, op.dy.cols, dy.direct());
-      run_grouped(be, Grouped{dy, op.B.transposed(), &selection, sweep, op.scale, out}, lanes);
+      if (pairs.in_pairs()) pairs.build(be);
+      const Index sweep = Grouped::sweep_of(be.tuning, rows(), op.dy.cols, dy.direct());
+      run_grouped(be, Grouped{dy, op.B.transposed(), &rows(), sweep, op.scale, out}, lanes);
     });
   }
   /// contract(out): out [T, R] = s dY B, the open ranks at least.

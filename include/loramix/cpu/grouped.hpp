@@ -5,10 +5,13 @@
 /// Reads:       as they do; U and dU of closed ranks are neither read nor computed.
 /// Writes:      U [T, R] with 0 in closed ranks; y, dA, dB as they do.
 /// Errors:      none.
-/// Cost:        the open ranks' multiply-adds, and for every group of a token one more read and write of its row in L2.
+/// Cost:        the open ranks' multiply-adds, and for every list that a token is in one read and write of its row in L2: one
+///              by pairs of experts, k by experts.
 /// Determinism: a token's groups are summed in ascending order, whatever the other tokens chose.
 /// Example:     ops/shrink.hpp
 #pragma once
+#include <algorithm>
+
 #include <loramix/cpu/selection.hpp>
 #include <loramix/cpu/spread.hpp>
 #include <loramix/cpu/token_sum.hpp>
@@ -38,6 +41,13 @@ struct GroupedContraction {
     return M == Major::row && class_of(tuning, tokens) != TokenClass::many;
   }
   static bool swept_by_dots(const Selection& s) { return M == Major::row && s.most_ranks() <= width / 2; }
+  /// By pairs where each expert is one packet: two of them make a tile; a wider expert has tiles of its own, and dot products
+  /// take one expert at a time.
+  static Selection::By listing(const Tuning& tuning, const GateForm<float>& gate) {
+    const Index most = most_ranks_of(gate);
+    const bool dots = M == Major::row && most <= width / 2;
+    return most <= width && !dots ? detail::listing(tuning, gate) : Selection::By::expert;
+  }
   /// Columns of a sweep: a page, so that rows that several groups read stay in L2; where each is read once, as far as the
   /// packed weights stay there.
   static Index sweep_of(const Tuning& tuning, const Selection& s, Index depth, bool direct) {
@@ -46,18 +56,18 @@ struct GroupedContraction {
   }
   /// For direct rows, and for others where `direct` does not promise that there are none.
   static Index scratch(const Tuning& tuning, const Selection& s, Index depth, bool direct) {
-    const Index dots = Selection::chunk * dot_columns * width, sums = larger(sums_of(s), most_sums);
+    const Index dots = s.chunk() * dot_columns * width, sums = larger(sums_of(s), most_sums);
     const auto with = [&](bool rows_lie) {
       const Index columns = pitch(smaller(sweep_of(tuning, s, depth, rows_lie), depth));
-      return (rows_lie ? 0 : Selection::chunk * columns) + larger(dots, sums + packets_of(s) * width * columns);
+      return (rows_lie ? 0 : s.chunk() * columns) + larger(dots, sums + packets_of(s) * width * columns);
     };
     return direct ? with(true) : larger(with(true), with(false));
   }
   /// Chunks of one job.
   static Index most_chunks(const Selection& s) { return larger(1, most_sums / larger(1, sums_of(s))); }
 
-  /// Chunks [c0, c0 + n), sweep by sweep.
-  void run_sweeps(Index c0, Index n, float* scratch) const;
+  /// Chunks [c0, c0 + n), sweep by sweep; of pairs the `part`-th of so many parts of each chunk's entries.
+  void run_sweeps(Index c0, Index n, Index part, Index parts, float* scratch) const;
 
   /// Group g of chunk c by dot products; out is zero where it is not written.
   void run_dots(Index c, Index g, float* scratch) const;
@@ -69,25 +79,47 @@ struct GroupedContraction {
   static Index packets_of(const Selection& s) {
     if (s.share_ranks()) return blocks_of(s.most_ranks(), width);
     Index packets = 0;
-    for (Index g = 0; g < s.groups(); ++g) packets += blocks_of(s.rank_count(g), width);
+    for (Index e = 0; e < s.experts(); ++e) packets += blocks_of(s.run_of(e).count, width);
     return packets;
   }
-  static Index padded(const Selection& s) { return round_up(s.most_ranks(), width); }
-  static Index sums_of(const Selection& s) { return Selection::chunk * s.most() * padded(s); }
+  /// Values of an entry's sums: its runs one after the other, each from a whole packet on.
+  static Index padded(const Selection& s) { return s.most_packets() * width; }
+  static Index sums_of(const Selection& s) { return s.chunk() * s.most() * padded(s); }
 
   void pack_groups(Index k, Index n, float* panels) const {
     const auto pack_ranks = [&](Index begin, Index ranks) {
       const auto of_group = w.row_range(begin, ranks);
       for (Index j = 0; j < ranks; j += width, panels += n * width) pack_packet(of_group, j, k, n, panels, width);
     };
-    if (selection->share_ranks()) return pack_ranks(0, selection->most_ranks());
-    for (Index g = 0; g < selection->groups(); ++g) pack_ranks(selection->rank_begin(g), selection->rank_count(g));
+    for (Index e = 0; e < selection->experts(); ++e) pack_ranks(selection->run_of(e).begin, selection->run_of(e).count);
   }
-  void convert(Index c, Index k, Index n, float* block) const {
-    if (x.direct()) return;
-    for (Index i = 0; i < selection->tokens(c); ++i) {
-      x.convert(c * Selection::chunk + i, k, n, block + i * pitch(n));
+  /// Where an expert's panel begins, in packets: groups need not come in the order of experts.
+  Index packet_of(Index expert) const {
+    Index packets = 0;
+    for (Index e = 0; e < expert; ++e) packets += blocks_of(selection->run_of(e).count, width);
+    return packets;
+  }
+  /// Entries of a chunk, those of one job. By experts all; by pairs each token has one entry.
+  struct Entries {
+    Index begin, end;
+  };
+  Entries entries_of(Index c, Index part, Index parts) const {
+    const Index n = selection->tokens(c) * selection->most();
+    return {n * part / parts, n * (part + 1) / parts};
+  }
+  /// f(token of the chunk) for the tokens of one job.
+  template <class F>
+  void each_token(Index c, const Entries& range, F&& f) const {
+    if (!selection->in_pairs()) {
+      for (Index i = 0; i < selection->tokens(c); ++i) f(i);
+      return;
     }
+    const Selection::Entry* const entries = selection->list(c, 0).entries;
+    for (Index i = range.begin; i < range.end; ++i) f(Index{entries[i].token});
+  }
+  void convert(Index c, const Entries& range, Index k, Index n, float* block) const {
+    if (x.direct()) return;
+    each_token(c, range, [&](Index i) { x.convert(c * selection->chunk() + i, k, n, block + i * pitch(n)); });
   }
   /// A chunk's rows: where they lie, or what was converted.
   struct ChunkRows {
@@ -96,44 +128,76 @@ struct GroupedContraction {
   };
   ChunkRows rows_of(Index c, Index k, Index n, const float* block) const {
     if constexpr (std::is_same_v<X, float>) {
-      if (x.direct()) return {x.rows.row(c * Selection::chunk) + k, x.rows.stride};
+      if (x.direct()) return {x.rows.row(c * selection->chunk()) + k, x.rows.stride};
     }
     return {block, pitch(n)};
   }
-  void sweep_chunk(Index c, Index k, Index n, const float* panels, const float* block, float* sums,
-                   RowWalk<X>& next) const {
+  void sweep_chunk(Index c, const Entries& range, Index k, Index n, const float* panels, const float* block,
+                   float* sums, RowWalk<X>& next) const {
     const ChunkRows rows = rows_of(c, k, n, block);
     const Index pitch_of_sums = padded(*selection);
     for (Index g = 0; g < selection->groups(); ++g) {
-      const Selection::List list = selection->list(c, g);
-      const Index ranks = selection->rank_count(g);
+      const Selection::List list = selection->list(c, g).inside(range.begin, range.end);
       for (Index first = 0; first < list.count; first += in_block) {
-        const Index count = smaller(in_block, list.count - first);
-        const Selection::Entry* const entries = list.entries + first;
-        float* const sums_of = sums + (list.first_entry + first) * pitch_of_sums;
-        const bool consecutive = list.consecutive(first, count);
-        for_panels(ranks, [&](auto packets, Index begin) {
-          constexpr int most = RegisterTile::rows_of(packets);
-          const float* const panel = panels + begin * n;
-          Index i = 0;
-          for (; consecutive && i + most <= count; i += most) {
-            tile<most, packets>(n, Rows3<most>(rows.p + entries[i].token * rows.stride, rows.stride), panel,
-                                sums_of + i * pitch_of_sums + begin, pitch_of_sums, k == 0, next);
-          }
-          in_steps<listed_rows(packets)>(
-              count,
-              [&](auto m, Index j) {
-                const RowList<m> list_rows([&](int r) { return rows.p + entries[j + r].token * rows.stride; });
-                tile<m, packets>(n, list_rows, panel, sums_of + j * pitch_of_sums + begin, pitch_of_sums, k == 0, next);
-              },
-              i);
-        });
+        const Part part{rows,
+                        list.entries + first,
+                        smaller(in_block, list.count - first),
+                        k,
+                        n,
+                        sums + (list.first_entry - range.begin + first) * pitch_of_sums};
+        if (selection->in_pairs())
+          sweep_pair(part, g, panels, next);
+        else
+          selection->each_run(g, [&](const Selection::Run& run) {
+            sweep_run(part, run.count, panels + packet_of(run.expert) * width * n, next);
+          });
       }
-      if (!selection->share_ranks()) panels += round_up(ranks, width) * n;
     }
   }
+  /// Some tokens of a list, their rows in columns [k, k + n), their sums.
+  struct Part {
+    ChunkRows rows;
+    const Selection::Entry* entries;
+    Index count, k, n;
+    float* sums;
+  };
+  template <int T, int N>
+  void tiles(const Part& part, const PacketPanel& panel, Index begin, Index i, RowWalk<X>& next) const {
+    const Index pitch_of_sums = padded(*selection);
+    in_steps<T>(
+        part.count,
+        [&](auto m, Index j) {
+          const RowList<m> rows([&](int r) { return part.rows.p + part.entries[j + r].token * part.rows.stride; });
+          tile<m, N>(part.n, rows, panel, part.sums + j * pitch_of_sums + begin, pitch_of_sums, part.k == 0, next);
+        },
+        i);
+  }
+  void sweep_run(const Part& part, Index ranks, const float* panels, RowWalk<X>& next) const {
+    const Index pitch_of_sums = padded(*selection);
+    const bool neighbours = part.entries[part.count - 1].token - part.entries[0].token == part.count - 1;
+    for_panels(ranks, [&](auto packets, Index begin) {
+      constexpr int most = RegisterTile::rows_of(packets);
+      const PacketPanel panel{panels + begin * part.n, part.n * width};
+      Index i = 0;
+      for (; neighbours && i + most <= part.count; i += most) {
+        tile<most, packets>(part.n,
+                            Rows3<most>(part.rows.p + part.entries[i].token * part.rows.stride, part.rows.stride),
+                            panel, part.sums + i * pitch_of_sums + begin, pitch_of_sums, part.k == 0, next);
+      }
+      tiles<listed_rows(packets), packets>(part, panel, begin, i, next);
+    });
+  }
+  /// The packets of both experts side by side.
+  void sweep_pair(const Part& part, Index g, const float* panels, RowWalk<X>& next) const {
+    const float* from[2] = {};
+    int n = 0;
+    selection->each_run(
+        g, [&](const Selection::Run& run) { from[n++] = panels + packet_of(run.expert) * width * part.n; });
+    if (n == 2) return tiles<listed_rows(2), 2>(part, {from[0], from[1] - from[0]}, 0, 0, next);
+    tiles<listed_rows(1), 1>(part, {from[0], 0}, 0, 0, next);
+  }
   template <int T, int N, class Rows>
-  [[gnu::flatten, gnu::noinline]] static void tile(Index n, const Rows rows, const float* panel, float* sums,
+  [[gnu::flatten, gnu::noinline]] static void tile(Index n, const Rows rows, const PacketPanel panel, float* sums,
                                                    Index sums_stride, bool first, RowWalk<X>& next) {
     Tile<T, N> c;
     if (first)
@@ -141,7 +205,7 @@ struct GroupedContraction {
     else
       c.load_from(sums, sums_stride);
     RowWalk<X> walk = next;
-    outer(n, rows, PacketPanel{panel, n * width}, c, [&](Index k) { walk.template step<8>(k); });
+    outer(n, rows, panel, c, [&](Index k) { walk.template step<8>(k); });
     next = walk;
     c.store_to(sums, sums_stride);
   }
@@ -182,20 +246,21 @@ struct GroupedContraction {
       });
     }
   }
-  void write(Index c, const float* sums) const {
-    for (Index i = 0; i < selection->tokens(c); ++i) {
-      float* const row = out.row(c * Selection::chunk + i);
-      for (Index j = 0; j < out.cols; ++j) row[j] = 0;
-    }
-    const Index pitch_of_sums = padded(*selection);
+  void write(Index c, const Entries& range, const float* sums) const {
+    const Index t0 = c * selection->chunk(), pitch_of_sums = padded(*selection);
+    each_token(c, range, [&](Index i) { std::fill_n(out.row(t0 + i), out.cols, 0.f); });
     for (Index g = 0; g < selection->groups(); ++g) {
-      const Selection::List list = selection->list(c, g);
-      const Index begin = selection->rank_begin(g), ranks = selection->rank_count(g);
-      for (Index i = 0; i < list.count; ++i) {
-        const float* const from = sums + (list.first_entry + i) * pitch_of_sums;
-        float* const to = out.row(c * Selection::chunk + list.entries[i].token) + begin;
-        for (Index j = 0; j < ranks; ++j) to[j] = scale * from[j];
-      }
+      const Selection::List list = selection->list(c, g).inside(range.begin, range.end);
+      if (list.count == 0) continue;
+      Index place = 0;
+      selection->each_run(g, [&](const Selection::Run& run) {
+        for (Index i = 0; i < list.count; ++i) {
+          const float* const from = sums + (list.first_entry - range.begin + i) * pitch_of_sums + place;
+          float* const to = out.row(t0 + list.entries[i].token) + run.begin;
+          for (Index j = 0; j < run.count; ++j) to[j] = scale * from[j];
+        }
+        place += round_up(run.count, width);
+      });
     }
   }
 
@@ -207,7 +272,7 @@ struct GroupedContraction {
       tile.clear();
     else
       tile.load_from(sums, N * width);
-    const auto token = [&](int m) { return c * Selection::chunk + list.entries[i + m].token; };
+    const auto token = [&](int m) { return c * selection->chunk() + list.entries[i + m].token; };
     if constexpr (M == Major::row) {
       if (x.dropout.on()) {
         const float* from[T];
@@ -227,7 +292,7 @@ struct GroupedContraction {
 };
 
 template <class X, class W, Major M>
-void GroupedContraction<X, W, M>::run_sweeps(Index c0, Index n, float* scratch) const {
+void GroupedContraction<X, W, M>::run_sweeps(Index c0, Index n, Index part, Index parts, float* scratch) const {
   const Selection& s = *selection;
   const bool by_dots = swept_by_dots(s);
   const Index per_chunk = sums_of(s);
@@ -238,31 +303,32 @@ void GroupedContraction<X, W, M>::run_sweeps(Index c0, Index n, float* scratch) 
     if (!by_dots) pack_groups(k, columns, panels);
     float* const block = panels + packets_of(s) * width * columns;
     for (Index c = c0; c < c0 + n; ++c) {
-      convert(c, k, columns, block);
+      const Entries range = entries_of(c, part, parts);
+      convert(c, range, k, columns, block);
       RowWalk<X> next{};
       if (x.direct() && c + 1 < c0 + n)
-        next = {x.rows.row((c + 1) * Selection::chunk) + k, x.rows.stride, s.tokens(c + 1), columns};
+        next = {x.rows.row((c + 1) * selection->chunk()) + k, x.rows.stride, s.tokens(c + 1), columns};
       if (by_dots)
         dot_chunk(c, k, columns, block, sums + (c - c0) * per_chunk, next);
       else
-        sweep_chunk(c, k, columns, panels, block, sums + (c - c0) * per_chunk, next);
+        sweep_chunk(c, range, k, columns, panels, block, sums + (c - c0) * per_chunk, next);
     }
   }
-  for (Index c = c0; c < c0 + n; ++c) write(c, sums + (c - c0) * per_chunk);
+  for (Index c = c0; c < c0 + n; ++c) write(c, entries_of(c, part, parts), sums + (c - c0) * per_chunk);
 }
 
 template <class X, class W, Major M>
 void GroupedContraction<X, W, M>::run_dots(Index c, Index g, float* scratch) const {
   const Selection& s = *selection;
   const Selection::List list = s.list(c, g);
-  float* const block = scratch + Selection::chunk * dot_columns * width;
+  float* const block = scratch + selection->chunk() * dot_columns * width;
   const Index end = s.rank_begin(g) + s.rank_count(g);
   for (Index r = s.rank_begin(g); r < end; r += dot_columns) {
     for (Index k = 0; k < w.cols; k += sweep) {
       const Index columns = smaller(sweep, w.cols - k);
       if (x.dropout.on()) {
         for (Index i = 0; i < list.count; ++i) {
-          x.convert(c * Selection::chunk + list.entries[i].token, k, columns, block + i * pitch(columns));
+          x.convert(c * selection->chunk() + list.entries[i].token, k, columns, block + i * pitch(columns));
         }
       }
       in_steps<dot_rows>(list.count, [&](auto m, Index i) {
@@ -285,7 +351,9 @@ struct GroupedSpread {
   static constexpr Index panel = column_panel;
 
   static Index scratch(Index ranks, Index sweep) {
-    return elements(ranks, sweep) + Selection::chunk * (panel + keep_pitch(sweep) / 4 + width);
+    const Index tokens = larger(Selection::chunk_by_expert * (panel + keep_pitch(sweep) / 4 + width),
+                                Selection::chunk_by_pair * (keep_pitch(sweep) / 4 + width));
+    return elements(ranks, sweep) + tokens;
   }
 
   /// Chunks [chunk, chunk + n) × columns [c0, c0 + columns), at most one sweep. `natural`: weights as they lie.
@@ -330,12 +398,14 @@ struct GroupedSpread {
     const Selection::List list = selection->list(chunk, g);
     const bool none = g == selection->groups();
     if (none && all.into == Into::add && all.second.w.rows == 0) return;
-    const Index r = none ? 0 : selection->rank_begin(g), ranks = none ? 0 : selection->rank_count(g);
+    Selection::Run runs[2] = {};
+    Index n = 0;
+    if (!none && list.count > 0) selection->each_run(g, [&](const Selection::Run& run) { runs[n++] = run; });
     in_steps<rows>(list.count, [&](auto m, Index i) {
       const Selection::Entry* const entries = list.entries + i;
       const bool consecutive = m == rows && list.consecutive(i, m);
       for (Index j = 0; j < columns; j += panel) {
-        const Panels to{chunk * Selection::chunk, c0 + j, smaller(panel, columns - j), r, ranks, keep + j / 8,
+        const Panels to{chunk * selection->chunk(), c0 + j, smaller(panel, columns - j), runs[0], runs[1], keep + j / 8,
                         keep_pitch(columns)};
         weights_of(j, [&](const auto& weights) {
           if constexpr (m == rows) {
@@ -348,7 +418,8 @@ struct GroupedSpread {
   }
   /// A panel of y, and the ranks that go into it.
   struct Panels {
-    Index first_token, c, wide, r, ranks;
+    Index first_token, c, wide;
+    Selection::Run first, second;
     const std::uint8_t* keep;
     Index keep_pitch;
   };
@@ -366,7 +437,12 @@ struct GroupedSpread {
     };
     Tile<T, N> sum;
     sum.clear();
-    add_product(sum, all.first, to.r, to.ranks, weights.first + to.r * weights.first_step, weights.first_step);
+    const auto add_run = [&](Tile<T, N> & sum_of, const Selection::Run& run) __attribute__((always_inline)) {
+      add_product(sum_of, all.first, run.begin, run.count, weights.first + run.begin * weights.first_step,
+                  weights.first_step);
+    };
+    add_run(sum, to.first);
+    if (to.second.count != 0) add_run(sum, to.second);
     const Packet factor = splat(all.scale);
     if (all.dropout.on()) {
       const Packet kept = splat(all.scale * static_cast<float>(all.dropout.kept_scale()));
@@ -382,12 +458,12 @@ struct GroupedSpread {
 
   /// One panel of columns for the tokens of one chunk.
   struct Place {
-    Index chunk, c, wide;
+    Index chunk, first_token, c, wide;
     const std::uint8_t* keep;
     Index keep_pitch;
     float* partial;  // [chunk, panel]
     RowWalk<Y>* next;
-    Index token(const Selection::Entry& e) const { return chunk * Selection::chunk + e.token; }
+    Index token(const Selection::Entry& e) const { return first_token + e.token; }
   };
 
   // What a token's groups give is summed in `partial`, without asking which of them is the first or the last: the answer
@@ -427,7 +503,7 @@ struct GroupedSpread {
   template <int T, int N, class Weight>
   [[gnu::flatten, gnu::noinline]] void side_tile(const Place& place, Index token, const Weight* w, Index step) const {
     float* const sums = place.partial + token * panel;
-    const Index t = place.chunk * Selection::chunk + token;
+    const Index t = place.chunk * selection->chunk() + token;
     Tile<T, N> sum;
     sum.clear();
     outer(all.second.w.rows, Rows3<T>(all.second.left.row(t), all.second.left.stride), Panel<Weight>{w, step}, sum);
@@ -445,7 +521,7 @@ struct GroupedSpread {
   void finish(const Place& place) const {
     const bool side = all.second.w.rows != 0;
     for (Index i = 0; i < selection->tokens(place.chunk); ++i) {
-      const Index t = place.chunk * Selection::chunk + i;
+      const Index t = place.chunk * selection->chunk() + i;
       if (all.idle != nullptr && all.idle[t] != 0) continue;
       Tile<1, packets> sum;
       sum.load_from(place.partial + i * panel, panel);
@@ -462,14 +538,15 @@ void GroupedSpread<Y, W, M>::run(Index chunk, Index n, Index c0, Index columns, 
   const Index step = panel * all.ranks(), blocks = blocks_of(columns, panel);
   float* const weights = scratch;
   float* const partial = weights + blocks * step;
-  std::uint8_t* const keep = reinterpret_cast<std::uint8_t*>(partial + Selection::chunk * panel);
+  std::uint8_t* const keep =
+      reinterpret_cast<std::uint8_t*>(partial + (selection->most() == 1 ? 0 : selection->chunk() * panel));
   const Index copied = natural ? columns / panel * panel : 0;  // columns before are read where they lie
   copy_panels(all.first.w, c0 + copied, columns - copied, weights, step);
   copy_panels(all.second.w, c0 + copied, columns - copied, weights + panel * all.first.w.rows, step);
   for (Index c = chunk; c < chunk + n; ++c) {
     if (all.dropout.on()) {
       for (Index i = 0; i < selection->tokens(c); ++i) {
-        keep_bits(all.dropout, c * Selection::chunk + i, c0, columns, keep + i * keep_pitch(columns));
+        keep_bits(all.dropout, c * selection->chunk() + i, c0, columns, keep + i * keep_pitch(columns));
       }
     }
     const auto weights_of = [&](Index j, const auto& f) {
@@ -489,9 +566,11 @@ void GroupedSpread<Y, W, M>::run(Index chunk, Index n, Index c0, Index columns, 
     }
     RowWalk<Y> next{};
     if (c + 1 < chunk + n)
-      next = {all.y.row((c + 1) * Selection::chunk) + c0, all.y.stride, selection->tokens(c + 1), columns};
+      next = {all.y.row((c + 1) * selection->chunk()) + c0, all.y.stride, selection->tokens(c + 1), columns};
     for (Index j = 0; j < columns; j += panel) {
-      const Place place{c, c0 + j, smaller(panel, columns - j), keep + j / 8, keep_pitch(columns), partial, &next};
+      const Place place{
+          c,    c * selection->chunk(), c0 + j, smaller(panel, columns - j), keep + j / 8, keep_pitch(columns), partial,
+          &next};
       weights_of(j, [&](const auto& w) { run_panel(place, w); });
     }
   }
@@ -523,7 +602,7 @@ struct GroupedTokenSum {
   }
   static Index scratch(const Selection& s) {
     return larger(ranks_of_job, s.most_ranks()) * sweep + most_in_sum * (round_up(s.most_ranks(), rows) + panel) +
-           Selection::chunk * pitch(sweep);
+           Selection::chunk_by_expert * pitch(sweep);
   }
 
   /// Groups [g0, g0 + groups) × columns [c0, c0 + columns), all tokens.
@@ -600,11 +679,12 @@ void GroupedTokenSum<X, G, M>::run(Index g0, Index groups, Index c0, Index colum
   const Index r0 = s.rank_begin(g0), ranks = s.rank_begin(g0 + groups - 1) + s.rank_count(g0 + groups - 1) - r0;
   float* const sums = scratch;  // [ranks, sweep]
   float* const converted = sums + ranks * sweep;
-  float* const rest = converted + (x.direct() ? 0 : Selection::chunk * pitch(columns));
+  float* const rest = converted + (x.direct() ? 0 : Selection::chunk_by_expert * pitch(columns));
   std::fill_n(sums, ranks * sweep, 0.f);
   const Index step = x.direct() ? together : 1;
   for (Index c = 0; c < s.chunks(); c += step) {
-    const Index chunks = smaller(step, s.chunks() - c), t0 = c * Selection::chunk, end = t0 + chunks * Selection::chunk;
+    const Index chunks = smaller(step, s.chunks() - c), t0 = c * Selection::chunk_by_expert,
+                end = t0 + chunks * Selection::chunk_by_expert;
     Rows from{t0, converted, pitch(columns)};
     if (x.direct()) {
       if constexpr (std::is_same_v<X, float>) from.p = x.rows.row(t0) + c0;
@@ -614,12 +694,12 @@ void GroupedTokenSum<X, G, M>::run(Index g0, Index groups, Index c0, Index colum
     }
     Index done = 0;
     for (Index g = g0; g < g0 + groups; ++g) {
-      std::uint16_t listed[together * Selection::chunk];
+      std::uint16_t listed[together * Selection::chunk_by_expert];
       Index count = 0;
       for (Index i = 0; i < chunks; ++i) {
         const Selection::List list = s.list(c + i, g);
         for (Index j = 0; j < list.count; ++j) {
-          listed[count++] = static_cast<std::uint16_t>(i * Selection::chunk + list.entries[j].token);
+          listed[count++] = static_cast<std::uint16_t>(i * Selection::chunk_by_expert + list.entries[j].token);
         }
       }
       const bool in_place = Tokens{listed, count}.in_place(s.rank_count(g));

@@ -1,7 +1,8 @@
 /// Which tokens belong to which ranks, where a gate closes most of them: a counting sort, chunk by chunk.
 ///
-/// Computes:    for every chunk of tokens and every group of ranks (an expert; or, where there is only a prefix, the packets up
-///              to which it reaches) the tokens whose gate is open there, in order; behind the groups the tokens of none.
+/// Computes:    for every chunk of tokens and every group of ranks (an expert; a pair of experts; or, where there is only a
+///              prefix, the packets up to which it reaches) the tokens whose gate is open there, in order; behind the groups
+///              the tokens of none.
 /// Reads:       ids and prefix of a GateForm.
 /// Writes:      begin [chunks, groups + 2], entries [chunks, chunk · most].
 /// Errors:      none: the form was checked.
@@ -12,6 +13,7 @@
 #include <loramix/core/arena.hpp>
 #include <loramix/cpu/gate_rows.hpp>
 #include <loramix/cpu/packet.hpp>
+#include <loramix/cpu/tuning.hpp>
 
 namespace loramix {
 inline namespace LORAMIX_ABI {
@@ -21,8 +23,20 @@ namespace detail {
 /// Whether a form selects in a way that can be grouped. Sizes only: in a size query its views are null.
 inline bool selects(const GateForm<float>& gate) { return gate.ids.cols != 0 || gate.prefix.size != 0; }
 
+/// Whether tokens may be listed by the two experts that they chose: a token is then in one list, and the products with both
+/// experts meet in registers. Few experts only: lists of a handful of tokens are no use.
+inline bool lists_pairs(const GateForm<float>& gate) { return gate.ids.cols == 2 && gate.experts <= 12; }
+
+/// Ranks of the largest expert.
+inline Index most_ranks_of(const GateForm<float>& gate) {
+  Index most = 0;
+  for (Index e = 0; e < gate.experts; ++e) most = larger(most, gate.expert_begin(e + 1) - gate.expert_begin(e));
+  return most;
+}
+
 class Selection {
  public:
+  enum class By { expert, pair };
   struct Entry {
     std::uint16_t token;  // of the chunk
   };
@@ -34,32 +48,61 @@ class Selection {
 
     /// Whether entries [i, i + n) are neighbours: a tile may then step from row to row.
     bool consecutive(Index i, Index n) const { return entries[i + n - 1].token - entries[i].token == n - 1; }
+    /// What of it lies in entries [begin, end) of the chunk.
+    List inside(Index begin, Index end) const {
+      const Index from = larger(begin, first_entry), to = smaller(end, first_entry + count);
+      return {entries + (from - first_entry), larger(0, to - from), from};
+    }
   };
-  static constexpr Index chunk = 128;
+  /// Ranks that lie together: a part of a group.
+  struct Run {
+    Index expert, begin, count;
+  };
+  static constexpr Index chunk_by_expert = 128, chunk_by_pair = 512;
 
   Selection() = default;
-  Selection(Arena<>& arena, const GateForm<float>& gate)
+  /// `by` pairs: where lists_pairs.
+  Selection(Arena<>& arena, const GateForm<float>& gate, By by = By::expert)
       : gate_(gate),
+        in_pairs_(by == By::pair),
         begin_(arena.matrix<std::int32_t>(chunks(), groups() + 2)),
-        entries_(arena.matrix<Entry>(chunks(), chunk * most())) {}
+        entries_(arena.matrix<Entry>(chunks(), chunk() * most())) {}
 
-  Index chunks() const { return blocks_of(gate_.tokens, chunk); }
-  Index tokens(Index c) const { return smaller(chunk, gate_.tokens - c * chunk); }
-  Index groups() const { return by_ids() ? gate_.experts : blocks_of(gate_.ranks, width); }
+  Index chunk() const { return in_pairs_ ? chunk_by_pair : chunk_by_expert; }
+  Index chunks() const { return blocks_of(gate_.tokens, chunk()); }
+  Index tokens(Index c) const { return smaller(chunk(), gate_.tokens - c * chunk()); }
+  bool in_pairs() const { return in_pairs_; }
+  /// Pairs: experts e ≤ f make group e · experts + f.
+  Index groups() const {
+    if (in_pairs_) return gate_.experts * gate_.experts;
+    return by_ids() ? gate_.experts : blocks_of(gate_.ranks, width);
+  }
+  Index experts() const { return by_ids() ? gate_.experts : 1; }
+  Run run_of(Index expert) const {
+    if (!by_ids()) return {0, 0, gate_.ranks};
+    const Index begin = gate_.expert_begin(expert);
+    return {expert, begin, gate_.expert_begin(expert + 1) - begin};
+  }
+  /// f(run) for what belongs to group g, ranks ascending.
+  template <class F>
+  void each_run(Index g, F&& f) const {
+    if (!in_pairs_) return f(Run{by_ids() ? g : 0, rank_begin(g), rank_count(g)});
+    const Index first = g / gate_.experts, last = g % gate_.experts;
+    f(run_of(first));
+    if (last != first) f(run_of(last));
+  }
   /// Whether a rank may belong to several groups: prefixes do.
   bool share_ranks() const { return !by_ids(); }
   /// Groups of one token, at most, and at least one: none is a list, too.
-  Index most() const { return by_ids() ? larger(1, gate_.ids.cols) : 1; }
+  Index most() const { return by_ids() && !in_pairs_ ? larger(1, gate_.ids.cols) : 1; }
+  /// Packets of sums of the largest group.
+  Index most_packets() const { return (in_pairs_ ? 2 : 1) * blocks_of(most_ranks(), width); }
   Index rank_begin(Index g) const { return by_ids() ? gate_.expert_begin(g) : 0; }
   Index rank_count(Index g) const {
     return by_ids() ? gate_.expert_begin(g + 1) - gate_.expert_begin(g) : smaller(gate_.ranks, (g + 1) * width);
   }
-  /// Ranks of the largest group.
-  Index most_ranks() const {
-    Index most = 0;
-    for (Index g = 0; g < groups(); ++g) most = larger(most, rank_count(g));
-    return most;
-  }
+  /// Ranks of the largest expert, or of the longest prefix.
+  Index most_ranks() const { return by_ids() ? most_ranks_of(gate_) : gate_.ranks; }
   /// `g` = groups(): the tokens that are in no group.
   List list(Index c, Index g) const {
     const std::int32_t* const begin = begin_.row(c) + g;
@@ -82,21 +125,24 @@ class Selection {
       const Index open = row.covered() ? smaller(row.limit(), gate_.ranks) : 0;
       return f(open > 0 ? blocks_of(open, width) - 1 : groups());
     }
-    bool none = true;
+    Index first = -1, second = -1;
     each_open_run(gate_, row, [&](const OpenRun& run) {
-      f(run.expert);
-      none = false;
+      if (!in_pairs_) f(run.expert);
+      (first < 0 ? first : second) = run.expert;
     });
-    if (none) f(groups());
+    if (first < 0) return f(groups());
+    if (!in_pairs_) return;
+    if (second < 0) second = first;
+    f(smaller(first, second) * gate_.experts + larger(first, second));
   }
   void sort(Index c) const {
     const Index groups = this->groups() + 1;
     std::int32_t* const begin = begin_.row(c);
     for (Index g = 0; g <= groups; ++g) begin[g] = 0;
-    for (Index i = 0; i < tokens(c); ++i) each_group(c * chunk + i, [&](Index g) { ++begin[g + 1]; });
+    for (Index i = 0; i < tokens(c); ++i) each_group(c * chunk() + i, [&](Index g) { ++begin[g + 1]; });
     for (Index g = 0; g < groups; ++g) begin[g + 1] += begin[g];
     for (Index i = 0; i < tokens(c); ++i) {
-      each_group(c * chunk + i, [&](Index g) { entries_(c, begin[g]++) = {static_cast<std::uint16_t>(i)}; });
+      each_group(c * chunk() + i, [&](Index g) { entries_(c, begin[g]++) = {static_cast<std::uint16_t>(i)}; });
     }
     // Filling moved every beginning to its end.
     for (Index g = groups; g > 0; --g) begin[g] = begin[g - 1];
@@ -104,9 +150,17 @@ class Selection {
   }
 
   GateForm<float> gate_;
+  bool in_pairs_ = false;
   MatrixView<std::int32_t> begin_;  // [chunks, groups + 2]
   MatrixView<Entry> entries_;       // [chunks, chunk · most]
 };
+
+/// How tokens are listed for products whose rows are tokens: by pairs where they may be, but for T ≤ 64, where each expert's
+/// weights are to be read once.
+inline Selection::By listing(const Tuning& tuning, const GateForm<float>& gate) {
+  const bool many = class_of(tuning, gate.tokens) == TokenClass::many;
+  return many && lists_pairs(gate) ? Selection::By::pair : Selection::By::expert;
+}
 
 }  // namespace detail
 }  // namespace cpu
