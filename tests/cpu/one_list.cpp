@@ -120,6 +120,22 @@ void check_neighbours(const Lists<T>& lists, Index tokens) {
   }
 }
 
+/// Every gate at every shape, by the conformance suite.
+template <class P, class Harness>
+void check_products(Harness& harness, const std::vector<GateSpec>& gates, const std::vector<ProductShape>& shapes,
+                    Random& random) {
+  int n = 0;
+  for (const GateSpec& gate : gates) {
+    for (const ProductShape& shape : shapes) {
+      const ProductCase c{gate, shape, n % 2 == 1, n % 4 < 2 ? lm::Into::add : lm::Into::set, n % 3, 0};
+      ++n;
+      INFO(describe(c));
+      ProductTest<P, Harness>(harness, c, random).run_all();
+      CHECK(harness.release());
+    }
+  }
+}
+
 }  // namespace
 
 TEST_CASE_TEMPLATE("tokens of two experts each conform", P, float, lm::bfloat16) {
@@ -132,19 +148,10 @@ TEST_CASE_TEMPLATE("tokens of two experts each conform", P, float, lm::bfloat16)
       {300, 70, 83, 4, 5}, {611, 49, 130, 3, 12}, {1050, 33, 67, 3, 16}, {130, 67, 49, 4, 21}, {90, 33, 35, 13, 3}};
   for (const Index lanes : {1, 3}) {
     lm::ThreadPool pool(lanes);
-    using Harness = CpuHarness<decltype(pool.executor())>;
-    Harness harness(pool.executor(), {.grouping = lm::cpu::Grouping::grouped, .sweep = 64});
+    CpuHarness<decltype(pool.executor())> harness(pool.executor(),
+                                                  {.grouping = lm::cpu::Grouping::grouped, .sweep = 64});
     Random random(seed(64));
-    int n = 0;
-    for (const GateSpec& gate : gates) {
-      for (const ProductShape& shape : shapes) {
-        const ProductCase c{gate, shape, n % 2 == 1, n % 4 < 2 ? lm::Into::add : lm::Into::set, n % 3, 0};
-        ++n;
-        INFO(describe(c));
-        ProductTest<P, Harness>(harness, c, random).run_all();
-        CHECK(harness.release());
-      }
-    }
+    check_products<P>(harness, gates, shapes, random);
   }
 }
 
@@ -166,16 +173,7 @@ TEST_CASE_TEMPLATE("tokens of one list each conform", P, float, lm::bfloat16) {
        {grouped, lm::cpu::Tuning{.grouping = lm::cpu::Grouping::grouped, .sweep = 64, .weights = 640}}) {
     CpuHarness<> harness({}, tuning);
     Random random(seed(61));
-    int n = 0;
-    for (const GateSpec& gate : gates) {
-      for (const ProductShape& shape : shapes) {
-        const ProductCase c{gate, shape, n % 2 == 1, n % 4 < 2 ? lm::Into::add : lm::Into::set, n % 3, 0};
-        ++n;
-        INFO(describe(c));
-        ProductTest<P, CpuHarness<>>(harness, c, random).run_all();
-        CHECK(harness.release());
-      }
-    }
+    check_products<P>(harness, gates, shapes, random);
   }
 }
 

@@ -76,28 +76,26 @@ struct GroupedContraction {
   static constexpr Index most_sums = 1 << 18;  // a megabyte
   static constexpr Index in_block = 24;        // tokens of a list whose rows stay in L1: whole tiles of every width
   static constexpr Index pitch(Index columns) { return round_up(columns, width) + width; }
-  static Index packets_of(const Selection& s) {
-    if (s.share_ranks()) return blocks_of(s.most_ranks(), width);
+  /// Packets of the panels before an expert's; of all.
+  static Index packets_before(const Selection& s, Index expert) {
     Index packets = 0;
-    for (Index e = 0; e < s.experts(); ++e) packets += blocks_of(s.run_of(e).count, width);
+    for (Index e = 0; e < expert; ++e) packets += blocks_of(s.run_of(e).count, width);
     return packets;
   }
+  static Index packets_of(const Selection& s) { return packets_before(s, s.experts()); }
   /// Values of an entry's sums: its runs one after the other, each from a whole packet on.
   static Index padded(const Selection& s) { return s.most_packets() * width; }
   static Index sums_of(const Selection& s) { return s.chunk() * s.most() * padded(s); }
 
-  void pack_groups(Index k, Index n, float* panels) const {
-    const auto pack_ranks = [&](Index begin, Index ranks) {
-      const auto of_group = w.row_range(begin, ranks);
-      for (Index j = 0; j < ranks; j += width, panels += n * width) pack_packet(of_group, j, k, n, panels, width);
-    };
-    for (Index e = 0; e < selection->experts(); ++e) pack_ranks(selection->run_of(e).begin, selection->run_of(e).count);
+  void pack_experts(Index k, Index n, float* panels) const {
+    for (Index e = 0; e < selection->experts(); ++e) {
+      const Selection::Run run = selection->run_of(e);
+      const auto of_expert = w.row_range(run.begin, run.count);
+      for (Index j = 0; j < run.count; j += width, panels += n * width) pack_packet(of_expert, j, k, n, panels, width);
+    }
   }
-  /// Where an expert's panel begins, in packets: groups need not come in the order of experts.
-  Index packet_of(Index expert) const {
-    Index packets = 0;
-    for (Index e = 0; e < expert; ++e) packets += blocks_of(selection->run_of(e).count, width);
-    return packets;
+  const float* panel_of(const Selection::Run& run, const float* panels, Index n) const {
+    return panels + packets_before(*selection, run.expert) * width * n;
   }
   /// Entries of a chunk, those of one job. By experts all; by pairs each token has one entry.
   struct Entries {
@@ -148,9 +146,8 @@ struct GroupedContraction {
         if (selection->in_pairs())
           sweep_pair(part, g, panels, next);
         else
-          selection->each_run(g, [&](const Selection::Run& run) {
-            sweep_run(part, run.count, panels + packet_of(run.expert) * width * n, next);
-          });
+          selection->each_run(
+              g, [&](const Selection::Run& run) { sweep_run(part, run.count, panel_of(run, panels, n), next); });
       }
     }
   }
@@ -191,8 +188,7 @@ struct GroupedContraction {
   void sweep_pair(const Part& part, Index g, const float* panels, RowWalk<X>& next) const {
     const float* from[2] = {};
     int n = 0;
-    selection->each_run(
-        g, [&](const Selection::Run& run) { from[n++] = panels + packet_of(run.expert) * width * part.n; });
+    selection->each_run(g, [&](const Selection::Run& run) { from[n++] = panel_of(run, panels, part.n); });
     if (n == 2) return tiles<listed_rows(2), 2>(part, {from[0], from[1] - from[0]}, 0, 0, next);
     tiles<listed_rows(1), 1>(part, {from[0], 0}, 0, 0, next);
   }
@@ -300,7 +296,7 @@ void GroupedContraction<X, W, M>::run_sweeps(Index c0, Index n, Index part, Inde
   float* const panels = sums + n * per_chunk;
   for (Index k = 0; k < w.cols; k += sweep) {
     const Index columns = smaller(sweep, w.cols - k);
-    if (!by_dots) pack_groups(k, columns, panels);
+    if (!by_dots) pack_experts(k, columns, panels);
     float* const block = panels + packets_of(s) * width * columns;
     for (Index c = c0; c < c0 + n; ++c) {
       const Entries range = entries_of(c, part, parts);
