@@ -33,6 +33,14 @@ struct Input {
     for (; i + width <= n; i += width) store(out + i, load(from + i));
     if (i < n) store_part(out + i, load_part(from + i, n - i), n - i);
   }
+  /// The same, as it lies or converted into `room`.
+  const float* row(Index t, Index k, Index n, float* room) const {
+    if constexpr (std::is_same_v<X, float>) {
+      if (direct()) return rows.row(t) + k;
+    }
+    convert(t, k, n, room);
+    return room;
+  }
 };
 
 /// A contraction on packed weights: sweeps of columns, whose panels stay in L2 while the tokens go by.

@@ -582,144 +582,101 @@ struct GroupedTokenSum {
   MatrixView<G, Space::host, M> out;  // [R, d]
   const Selection* selection;
 
-  static constexpr int packets = RegisterTile::sum_packets;
-  static constexpr int rows = RegisterTile::sum_rows;
-  static constexpr Index panel = packets * width;
+  static constexpr int rows = SumPanel::rows;
+  static constexpr Index panel = SumPanel::columns;
   static constexpr Index sweep = 1008;  // columns of a job: a multiple of every panel, and of 8
-  static constexpr Index ranks_of_job = 128;
-
-  /// Chunks whose tokens are in one list, and tokens of a list that are added together; fewer where lists are long, and
-  /// where rows are read as they lie, for these share few sets of L1. Their number changes no bit.
-  static constexpr Index together = 2, most_in_sum = 80, few_in_sum = 48, least_in_sum = 24;
+  static constexpr Index ranks_of_job = 256;
+  static constexpr Index chunk = Selection::chunk_by_expert;
 
   /// Groups of one job: as many as have at most `ranks_of_job` ranks, one at least; all, where groups share ranks.
   static Index groups_of_job(const Selection& s) {
     return s.share_ranks() ? larger(1, s.groups()) : larger(1, ranks_of_job / larger(1, s.most_ranks()));
   }
   static Index scratch(const Selection& s) {
-    return larger(ranks_of_job, s.most_ranks()) * sweep + most_in_sum * (round_up(s.most_ranks(), rows) + panel) +
-           Selection::chunk_by_expert * pitch(sweep);
+    return larger(ranks_of_job, s.most_ranks()) * sweep + chunk * (s.most() * round_up(s.most_ranks(), rows) + sweep) +
+           sweep + 8 * width;
   }
 
   /// Groups [g0, g0 + groups) × columns [c0, c0 + columns), all tokens.
   void run(Index g0, Index groups, Index c0, Index columns, float* scratch) const;
 
  private:
-  static constexpr Index pitch(Index columns) { return round_up(columns, 8 * width); }
+  /// Tokens whose products are added up in registers: a list may be longer where its rows were copied. Rows that are read
+  /// where they lie share few sets of L1. The number changes no bit.
+  static constexpr Index most_in_sum = 96, most_in_place = 24;
 
-  /// Some chunks' rows of x̂, as they lie or converted.
-  struct Rows {
-    Index first_token;
-    const float* p;
-    Index stride;
-  };
-  /// Tokens of a list that are added together, counted from the first of the chunks.
-  struct Tokens {
-    const std::uint16_t* t;
-    Index n;
-    bool consecutive() const { return n > 0 && t[n - 1] - t[0] == n - 1; }
-    bool in_place(Index ranks) const { return consecutive() && ranks <= TokenSum<X, G, M>::few_ranks; }
+  /// One panel's columns of a list's rows.
+  struct Listed {
+    const float* first;  // of the chunk
+    Index step;
+    const Selection::Entry* entries;
+    static constexpr Index between = width;
+    [[gnu::always_inline]] const float* row(Index k) const { return first + entries[k].token * step; }
   };
 
-  void add(const Rows& from, const Tokens& tokens, Index g, Index columns, float* sums, float* scratch,
-           RowWalk<X>& next) const;
-  /// to[i][j] = row i of the tokens, column c + j; zeros from `wide` on.
-  static void copy(const Rows& from, const Tokens& tokens, Index c, Index wide, float* to) {
-    for (Index i = 0; i < tokens.n; ++i, to += panel) {
-      const float* const row = from.p + tokens.t[i] * from.stride + c;
-      for (Index j = 0; j < panel; j += width) {
-        const Index rest = wide - j;
-        store(to + j, rest >= width ? load(row + j) : rest > 0 ? load_part(row + j, rest) : splat(0));
-      }
+  /// Whether every list of the chunk is tokens in a row, and few ranks meet them: what is read once need not be copied.
+  bool in_place(Index c, Index g0, Index groups) const {
+    if (!x.direct() || selection->most() > 1 || selection->most_ranks() > SumPanel::few_ranks) return false;
+    for (Index g = g0; g < g0 + groups; ++g) {
+      const Selection::List list = selection->list(c, g);
+      if (list.count != 0 && !list.consecutive(0, list.count)) return false;
     }
+    return true;
   }
-  template <int R, int N>
-  [[gnu::flatten, gnu::noinline]] static void tile(Index n, const float* lefts, const Panel<float> from, float* sums,
-                                                   RowWalk<X>& next) {
-    Tile<R, N> sum;
-    sum.load_from(sums, sweep);
-    RowWalk<X> walk = next;
-    outer(n, Columns{lefts, rows}, from, sum, [&](Index k) { walk.template step<1>(k); });
-    next = walk;
-    sum.store_to(sums, sweep);
+  /// [ranks / rows][n][rows] of a list's tokens.
+  void gather(Index t0, const Selection::List& list, Index begin, Index ranks, float* to) const {
+    for (Index i = 0; i < list.count; ++i) {
+      const float* const row = left.row(t0 + list.entries[i].token) + begin;
+      Index r = 0;
+      for (; r + rows <= ranks; r += rows) std::copy_n(row + r, rows, to + r * list.count + i * rows);
+      std::copy_n(row + r, ranks - r, to + r * list.count + i * rows);
+    }
   }
 };
-
-template <class X, class G, Major M>
-void GroupedTokenSum<X, G, M>::add(const Rows& from, const Tokens& tokens, Index g, Index columns, float* sums,
-                                   float* scratch, RowWalk<X>& next) const {
-  const Index n = tokens.n, ranks = selection->rank_count(g);
-  float* const lefts = scratch;  // [ranks / rows][n][rows]
-  float* const block = lefts + round_up(ranks, rows) * most_in_sum;
-  for (Index i = 0; i < n; ++i) {
-    const float* const row = left.row(from.first_token + tokens.t[i]) + selection->rank_begin(g);
-    for (Index r = 0; r < ranks; r += rows) std::copy_n(row + r, smaller(rows, ranks - r), lefts + r * n + i * rows);
-  }
-  const bool in_place = tokens.in_place(ranks);
-  for (Index c = 0; c < columns; c += panel) {
-    const Index wide = smaller(panel, columns - c);
-    Panel<float> rows_of{from.p + tokens.t[0] * from.stride + c, from.stride};
-    if (!in_place || wide < panel) {
-      copy(from, tokens, c, wide, block);
-      rows_of = {block, panel};
-    }
-    in_steps<rows>(ranks, [&](auto m, Index r) {
-      tile<m, packets>(n, lefts + r / rows * rows * n + r % rows, rows_of, sums + r * sweep + c, next);
-    });
-  }
-}
 
 template <class X, class G, Major M>
 void GroupedTokenSum<X, G, M>::run(Index g0, Index groups, Index c0, Index columns, float* scratch) const {
   const Selection& s = *selection;
   const Index r0 = s.rank_begin(g0), ranks = s.rank_begin(g0 + groups - 1) + s.rank_count(g0 + groups - 1) - r0;
-  float* const sums = scratch;  // [ranks, sweep]
-  float* const converted = sums + ranks * sweep;
-  float* const rest = converted + (x.direct() ? 0 : Selection::chunk_by_expert * pitch(columns));
-  std::fill_n(sums, ranks * sweep, 0.f);
-  const Index step = x.direct() ? together : 1;
-  for (Index c = 0; c < s.chunks(); c += step) {
-    const Index chunks = smaller(step, s.chunks() - c), t0 = c * Selection::chunk_by_expert,
-                end = t0 + chunks * Selection::chunk_by_expert;
-    Rows from{t0, converted, pitch(columns)};
-    if (x.direct()) {
-      if constexpr (std::is_same_v<X, float>) from.p = x.rows.row(t0) + c0;
-      from.stride = x.rows.stride;
-    } else {
-      for (Index i = 0; i < s.tokens(c); ++i) x.convert(t0 + i, c0, columns, converted + i * pitch(columns));
-    }
-    Index done = 0;
+  float* const sums = scratch;  // [columns / panel][ranks][panel]
+  float* const lefts = sums + ranks * sweep;
+  float* const block = lefts + chunk * s.most() * round_up(s.most_ranks(), rows);
+  float* const row = block + chunk * sweep;
+  std::fill_n(sums, ranks * SumPanel::whole(columns), 0.f);
+  for (Index c = 0; c < s.chunks(); ++c) {
+    const Index t0 = c * chunk, n = s.tokens(c);
+    const Index copied = in_place(c, g0, groups) ? columns / panel * panel : 0;  // columns before are read in place
+    SumPanel::copy(x, t0, n, c0 + copied, columns - copied, block, row);
+    float* end = lefts;
     for (Index g = g0; g < g0 + groups; ++g) {
-      std::uint16_t listed[together * Selection::chunk_by_expert];
-      Index count = 0;
-      for (Index i = 0; i < chunks; ++i) {
-        const Selection::List list = s.list(c + i, g);
-        for (Index j = 0; j < list.count; ++j) {
-          listed[count++] = static_cast<std::uint16_t>(i * Selection::chunk_by_expert + list.entries[j].token);
-        }
+      const Selection::List list = s.list(c, g);
+      gather(t0, list, s.rank_begin(g), s.rank_count(g), end);
+      end += list.count * round_up(s.rank_count(g), rows);
+    }
+    NoRows none;
+    for (Index j = 0; j < columns; j += panel) {
+      Listed from{block + (j - copied) * n, panel, nullptr};
+      if constexpr (std::is_same_v<X, float>) {
+        if (j < copied) from = {x.rows.row(t0) + c0 + j, x.rows.stride, nullptr};
       }
-      const bool in_place = Tokens{listed, count}.in_place(s.rank_count(g));
-      const Cut cut(count, 1, in_place ? least_in_sum : s.share_ranks() ? few_in_sum : most_in_sum, 1);
-      for (Index i = 0; i < cut.jobs; ++i) {
-        const Tokens tokens{listed + cut.begin(i), cut.count(i, count)};
-        // What is read next: the rows behind these, or, where lists take turns, those behind these chunks.
-        const Index behind = tokens.consecutive() ? t0 + tokens.t[tokens.n - 1] + 1 : end + done;
-        RowWalk<X> next{};
-        if (x.direct() && behind < x.rows.rows) {
-          next = {x.rows.row(behind) + c0, x.rows.stride, smaller(tokens.n, x.rows.rows - behind), columns};
+      const float* left_of = lefts;
+      for (Index g = g0; g < g0 + groups; ++g) {
+        const Selection::List list = s.list(c, g);
+        const Cut cut(list.count, 1, j < copied ? most_in_place : most_in_sum, 1);
+        for (Index i = 0; i < list.count; i += cut.size) {
+          from.entries = list.entries + i;
+          in_steps<rows>(s.rank_count(g), [&](auto m, Index r) {
+            SumPanel::tile<m, SumPanel::packets>(false, smaller(cut.size, list.count - i),
+                                                 left_of + r / rows * rows * list.count + i * rows + r % rows, from,
+                                                 sums + j * ranks + (s.rank_begin(g) - r0 + r) * panel, none);
+          });
         }
-        done += tokens.n;
-        add(from, tokens, g, columns, sums + (s.rank_begin(g) - r0) * sweep, rest, next);
+        left_of += list.count * round_up(s.rank_count(g), rows);
       }
     }
   }
-  for (Index r = 0; r < ranks; ++r) {
-    for (Index j = 0; j < columns; ++j) {
-      G& cell = out(r0 + r, c0 + j);
-      const float value = scale * sums[r * sweep + j];
-      cell = narrow<G>(into == Into::add ? widen<float>(cell) + value : value);
-    }
-  }
+  for (Index j = 0; j < columns; j += panel)
+    SumPanel::finish(sums + j * ranks, scale, into, out.block(r0, ranks, c0 + j, smaller(panel, columns - j)));
 }
 
 }  // namespace detail

@@ -4,6 +4,8 @@
 #pragma once
 #include <omp.h>
 
+#include <atomic>
+
 #include <loramix/core/executor.hpp>
 
 namespace loramix {
@@ -16,8 +18,10 @@ class OpenMPExecutor {
   Index lanes() const { return threads_; }
   template <class Job>
   void run(Index jobs, const Job& job) const {
-#pragma omp parallel for num_threads(threads_) schedule(dynamic, 1)
-    for (Index i = 0; i < jobs; ++i) job(i, Index{omp_get_thread_num()});
+    // Jobs by a counter of our own: LLVM's runtime takes memory for every loop that it hands out dynamically.
+    std::atomic<Index> next{0};
+#pragma omp parallel num_threads(threads_)
+    for (Index i; (i = next.fetch_add(1, std::memory_order_relaxed)) < jobs;) job(i, Index{omp_get_thread_num()});
   }
 
  private:

@@ -100,9 +100,19 @@ void copy_panels(MatrixView<const W> w, Index c0, Index columns, float* to, Inde
 }
 template <class W>
 void copy_panels(MatrixView<const W, Space::host, Major::column> w, Index c0, Index columns, float* to, Index step) {
-  for (Index c = 0; c < round_up(columns, column_panel); ++c) {
+  for (Index c = 0; c < round_up(columns, column_panel); c += width) {
     float* const line = to + c / column_panel * step + c % column_panel;
-    for (Index r = 0; r < w.rows; ++r) line[r * column_panel] = c < columns ? widen<float>(w(r, c0 + c)) : 0.f;
+    Index r = 0;
+    for (; c + width <= columns && r + width <= w.rows; r += width) {
+      Packet block[width];
+      unroll<width>([&](auto j) { block[j] = load(&w(r, c0 + c + j)); });
+      transpose(block);
+      unroll<width>([&](auto i) { store(line + (r + i) * column_panel, block[i]); });
+    }
+    for (; r < w.rows; ++r) {  // the last ranks, the last columns
+      for (Index j = 0; j < width; ++j)
+        line[r * column_panel + j] = c + j < columns ? widen<float>(w(r, c0 + c + j)) : 0.f;
+    }
   }
 }
 

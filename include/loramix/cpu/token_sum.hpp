@@ -1,7 +1,7 @@
 /// Sums over tokens: the gradients of A and B, in their own order.
 ///
 /// Computes:    out[r, c] (+)= scale · Σ_t left[t, r] · x̂[t, c]
-/// Reads:       left [T, R], x [T, d] (widened, with dropout applied, block by block).
+/// Reads:       left [T, R], x [T, d] (block by block: widened, with dropout applied, or copied).
 /// Adds to:     out [R, d] in either order, or assigns.
 /// Errors:      none: ops/expand.hpp and ops/shrink.hpp check.
 /// Cost:        one pass over x for every `ranks_of_job` ranks.
@@ -17,6 +17,82 @@ inline namespace LORAMIX_ABI {
 namespace cpu {
 namespace detail {
 
+/// No rows to ask for (see RowWalk).
+struct NoRows {
+  template <int Every>
+  [[gnu::always_inline]] void step(Index) {}
+};
+
+/// Where sums over tokens are added up, and what they are made of: panels of columns.
+struct SumPanel {
+  static constexpr int packets = RegisterTile::sum_packets;
+  static constexpr int rows = RegisterTile::sum_rows;
+  static constexpr Index columns = packets * width;
+  static constexpr Index few_ranks = 32;  // up to here x may be read where it lies
+
+  /// Columns of whole panels.
+  static constexpr Index whole(Index n) { return round_up(n, columns); }
+
+  /// block[c / columns][i][c mod columns] = x̂[t + i, c0 + c] for i < n, c < wide; zeros behind the last column. `room`: for a
+  /// row of so many columns and 8 packets.
+  template <class X>
+  static void copy(const Input<X>& x, Index t, Index n, Index c0, Index wide, float* block, float* room) {
+    for (Index i = 0; wide != 0 && i < n; ++i, block += columns) {
+      const float* const from = x.row(t + i, c0, wide, room);
+      Index c = 0;
+      for (; c + columns <= wide; c += columns)
+        unroll<packets>([&](auto j) { store(block + c * n + j * width, load(from + c + j * width)); });
+      if (c == wide) continue;
+      for (Index j = 0; j < columns; j += width) store(block + c * n + j, splat(0));
+      over_packets(wide - c, [&](Index j, auto lanes) { lanes.store(block + c * n + j, lanes.load(from + c + j)); });
+    }
+  }
+
+  /// sums [R, N packets] (+)= Σ_k left[k, i] · x(k), `left` and `sums` as they lie in blocks; `next`: rows to come.
+  template <int R, int N, class B, class Next>
+  [[gnu::flatten, gnu::noinline]] static void tile(bool first, Index n, const float* left, const B x, float* sums,
+                                                   Next& next) {
+    Tile<R, N> sum;
+    if (first)
+      sum.clear();
+    else
+      sum.load_from(sums, columns);
+    Next walk = next;
+    outer(n, Columns{left, rows}, x, sum, [&](Index k) { walk.template step<4>(k); });
+    next = walk;
+    sum.store_to(sums, columns);
+  }
+
+  /// out (+)= scale · sums, for [ranks, wide] of one panel.
+  template <class G>
+  static void finish(const float* sums, float scale, Into into, const MatrixView<G>& out) {
+    const Packet factor = splat(scale);
+    for (Index r = 0; r < out.rows; ++r, sums += columns) {
+      over_packets(out.cols, [&](Index c, auto lanes) { put(load(sums + c), factor, into, out.row(r) + c, lanes); });
+    }
+  }
+  template <class G>
+  static void finish(const float* sums, float scale, Into into, const MatrixView<G, Space::host, Major::column>& out) {
+    const Packet factor = splat(scale);
+    for (Index c = 0; c < out.cols; c += width) {
+      over_packets(out.rows, [&](Index r, auto lanes) {
+        Packet block[width];
+        unroll<width>([&](auto i) { block[i] = r + i < out.rows ? load(sums + (r + i) * columns + c) : splat(0); });
+        transpose(block);
+        unroll<width>([&](auto j) {
+          if (c + j < out.cols) put(block[j], factor, into, &out(r, c + j), lanes);
+        });
+      });
+    }
+  }
+
+ private:
+  template <class G, class Lanes>
+  [[gnu::always_inline]] static void put(Packet sum, Packet factor, Into into, G* to, const Lanes& lanes) {
+    lanes.store(to, into == Into::add ? fma(factor, sum, lanes.load(to)) : mul(factor, sum));
+  }
+};
+
 template <class X, class G, Major M>
 struct TokenSum {
   MatrixView<const float> left;  // [T, R]
@@ -31,28 +107,28 @@ struct TokenSum {
 
   Index ranks() const { return out.rows + second.rows; }
 
-  static constexpr int packets = RegisterTile::sum_packets;
-  static constexpr int rows = RegisterTile::sum_rows;
-  static constexpr Index panel = packets * width;  // columns
-  static constexpr Index panels = 2 * panel;       // a multiple of 8 columns too
+  static constexpr int rows = SumPanel::rows;
+  static constexpr Index panel = SumPanel::columns;
+  static constexpr Index panels = 2 * panel;  // a multiple of 8 columns too
   static constexpr Index ranks_of_job = 160;
-  static constexpr Index few_ranks = 32;  // up to here x is read where it lies
 
   static Index ranks_of(Index ranks) { return round_up(smaller(ranks, ranks_of_job), rows); }
+  /// Whether rows of x are read where they lie, but for the last columns.
+  static bool in_place(Index ranks, bool direct) { return direct && ranks <= SumPanel::few_ranks; }
   /// Columns of a job: as many as keep its sums in L2, and of what is copied those of a page.
   static Index sweep_of(const Tuning& tuning, Index ranks, Index columns, bool direct) {
     const Index sums = tuning.weights / larger(1, ranks_of(ranks));
-    const Index most = direct && ranks <= few_ranks ? sums : smaller(sums, 1024);
+    const Index most = in_place(ranks, direct) ? sums : smaller(sums, 1024);
     return larger(1, smaller(most, round_up(columns, panels)) / panels) * panels;
   }
   /// Tokens whose products are added up in registers. Rows of x that are read where they lie share few sets of L1.
   static Index tokens_of(const Tuning& tuning, Index ranks) {
-    return ranks > few_ranks ? tuning.tokens_per_sum : larger(1, tuning.tokens_per_sum / 2);
+    return ranks > SumPanel::few_ranks ? tuning.tokens_per_sum : larger(1, tuning.tokens_per_sum / 2);
   }
   static Index scratch(const Tuning& tuning, Index ranks, Index columns, bool direct) {
-    const Index sweep = sweep_of(tuning, ranks, columns, direct);
-    const Index block = direct ? panel : sweep + 8 * width, most = ranks_of(ranks);
-    return most * sweep + tuning.tokens_per_sum * (block + most);
+    const Index sweep = sweep_of(tuning, ranks, columns, direct), most = ranks_of(ranks);
+    const Index block = in_place(ranks, direct) ? panel : sweep;
+    return most * sweep + tuning.tokens_per_sum * (most + block) + sweep + 8 * width;
   }
   Index sweep() const { return sweep_of(tuning, ranks(), out.cols, x.direct()); }
 
@@ -62,103 +138,54 @@ struct TokenSum {
  private:
   /// to[i][j] = left(t + i, r + j): what a tile reads lies together.
   void gather(Index t, Index n, Index r, Index ranks, float* to) const {
+    if (ranks == rows && r + rows <= out.rows) {
+      for (Index i = 0; i < n; ++i, to += rows) std::copy_n(left.row(t + i) + r, rows, to);
+      return;
+    }
     const Index here = smaller(ranks, larger(0, out.rows - r));
     for (Index i = 0; i < n; ++i, to += rows) {
       if (here > 0) std::copy_n(left.row(t + i) + r, here, to);
       if (here < ranks) std::copy_n(second_left.row(t + i) + (r + here - out.rows), ranks - here, to + here);
     }
   }
-  G& at(Index r, Index c) const { return r < out.rows ? out(r, c) : second(r - out.rows, c); }
-  /// block[i][j] = x[t + i][c + j], zeros from `wide` on.
-  void copy(Index t, Index n, Index c, Index wide, float* block) const {
-    for (Index i = 0; i < n; ++i, block += panel) {
-      const X* const from = x.rows.row(t + i) + c;
-      if (wide == panel) {
-        unroll<packets>([&](auto j) { store(block + j * width, load(from + j * width)); });
-        continue;
-      }
-      for (Index j = 0; j < panel; j += width) {
-        const Index rest = wide - j;
-        store(block + j, rest >= width ? load(from + j) : rest > 0 ? load_part(from + j, rest) : splat(0));
-      }
-    }
-  }
-  /// All panels of columns [c0, c0 + columns): block[panel][i][j] = x̂[t + i][…].
-  void convert(Index t, Index n, Index c0, Index columns, float* block) const {
-    float* const row = block + blocks_of(columns, panel) * panel * n;
-    for (Index i = 0; i < n; ++i) {
-      x.convert(t + i, c0, columns, row);
-      for (Index j = columns; j < round_up(columns, panel); ++j) row[j] = 0;
-      for (Index c = 0; c < columns; c += panel) {
-        for (Index j = 0; j < panel; j += width) store(block + c * n + i * panel + j, load(row + c + j));
-      }
-    }
-  }
-
-  template <int R, int N>
-  [[gnu::flatten, gnu::noinline]] void tile(Index t, Index n, Index r, Index c, Index wide, const float* left_of,
-                                            const float* from, Index step, float* sums, Index sums_stride) const {
-    Tile<R, N> sum;
-    if (t == 0)
-      sum.clear();
-    else
-      sum.load_from(sums, sums_stride);
-    outer(n, Columns{left_of, rows}, Panel<float>{from, step}, sum);
-    if (t + n < left.rows) {
-      sum.store_to(sums, sums_stride);
-      return;
-    }
-    const Packet factor = splat(scale);
-    if constexpr (M == Major::row && std::is_same_v<G, float>) {
-      if (wide == N * width) {
-        unroll<R>([&](auto i) {
-          float* const row = &at(r + i, c);
-          unroll<N>([&](auto j) {
-            float* const to = row + j * width;
-            store(to, into == Into::add ? fma(factor, sum.c[i][j], load(to)) : mul(factor, sum.c[i][j]));
-          });
-        });
-        return;
-      }
-    }
-    float values[R][N * width];
-    sum.each([&](int i, int j, Packet v) { store(values[i] + j * width, mul(factor, v)); });
-    for (Index i = 0; i < R; ++i) {
-      for (Index j = 0; j < wide; ++j) {
-        G& cell = at(r + i, c + j);
-        cell = narrow<G>(into == Into::add ? widen<float>(cell) + values[i][j] : values[i][j]);
-      }
-    }
+  /// Sums of ranks [r0, r0 + ranks) in one panel's columns.
+  void finish(Index r0, Index ranks, Index c, Index wide, const float* sums) const {
+    const Index first = smaller(ranks, larger(0, out.rows - r0));
+    if (first > 0) SumPanel::finish(sums, scale, into, out.block(r0, first, c, wide));
+    if (first < ranks)
+      SumPanel::finish(sums + first * panel, scale, into, second.block(r0 + first - out.rows, ranks - first, c, wide));
   }
 };
 
 template <class X, class G, Major M>
 void TokenSum<X, G, M>::run(Index r0, Index ranks, Index c0, Index columns, float* scratch) const {
-  const Index tokens = left.rows, step = tokens_of(tuning, ranks), stride = sweep();
-  float* const lefts = scratch + round_up(ranks, rows) * stride;
+  const Index tokens = left.rows, step = tokens_of(tuning, ranks), of_panel = round_up(ranks, rows) * panel;
+  const Index copied = in_place(ranks, x.direct()) ? columns / panel * panel : 0;  // columns before are read in place
+  float* const sums = scratch;                                                     // [columns / panel][ranks][panel]
+  float* const lefts = sums + blocks_of(columns, panel) * of_panel;
   float* const block = lefts + round_up(ranks, rows) * step;
+  float* const row = block + (SumPanel::whole(columns) - copied) * step;
   for (Index t = 0; t == 0 || t < tokens; t += step) {
     const Index n = smaller(step, tokens - t);
     for (Index r = 0; r < ranks; r += rows) gather(t, n, r0 + r, smaller(rows, ranks - r), lefts + r * n);
-    if (!x.direct()) convert(t, n, c0, columns, block);
+    SumPanel::copy(x, t, n, c0 + copied, columns - copied, block, row);
+    // Rows that are copied are asked for a step ahead; where they are read in place, the machine follows them itself.
+    RowWalk<X> next{};
+    if (copied == 0 && x.direct() && t + n < tokens)
+      next = {x.rows.row(t + n) + c0, x.rows.stride, smaller(step, tokens - t - n), columns};
     for (Index c = 0; c < columns; c += panel) {
-      const Index wide = smaller(panel, columns - c);
-      const float* from = block + (x.direct() ? 0 : c / panel * n * panel);
-      Index from_step = panel;
+      Panel<float> from{block + (c - copied) * n, panel};
       if constexpr (std::is_same_v<X, float>) {
-        if (x.direct() && ranks <= few_ranks && wide == panel && n > 0) {
-          from = x.rows.row(t) + c0 + c;
-          from_step = x.rows.stride;
-        } else if (x.direct()) {
-          copy(t, n, c0 + c, wide, block);
-        }
+        if (c < copied && n > 0) from = {x.rows.row(t) + c0 + c, x.rows.stride};
       }
       in_steps<rows>(ranks, [&](auto m, Index r) {
-        tile<m, packets>(t, n, r0 + r, c0 + c, wide, lefts + r / rows * rows * n + r % rows, from, from_step,
-                         scratch + r * stride + c, stride);
+        SumPanel::tile<m, SumPanel::packets>(t == 0, n, lefts + r / rows * rows * n + r % rows, from,
+                                             sums + c / panel * of_panel + r * panel, next);
       });
     }
   }
+  for (Index c = 0; c < columns; c += panel)
+    finish(r0, ranks, c0 + c, smaller(panel, columns - c), sums + c / panel * of_panel);
 }
 
 }  // namespace detail
