@@ -236,7 +236,8 @@ Index reserve_bytes(const A& adapter, Index tokens, Keep keep = Keep::z) {
       [&](Arena<A::space>& arena) { detail::carve_saved(arena, adapter, tokens, keep == Keep::z, true); });
 }
 
-/// Bytes of workspace of any call with at most `tokens` tokens, with or without in_y.
+/// Bytes of workspace of any call with at most `tokens` tokens, with or without in_y; what serves a backward serves its
+/// forward.
 template <class Backend, DoraAdapter A>
 Index workspace_bytes(const Backend& be, const A& adapter, Index tokens, Pass pass = Pass::forward) {
   using Ops = detail::DoraOps<A>;
@@ -267,7 +268,8 @@ Index workspace_bytes(const Backend& be, const A& adapter, Index tokens, Pass pa
                              scratch_bytes(be, typename Ops::BaseBackwardOp{w, {}, x, dropped, y, {}}),
                              output_scale_backward_bytes<Acc, A::space>(tokens, d_out)});
   }
-  return Arena<A::space>::with_alignment(counter.used() + stage);
+  const Index here = Arena<A::space>::with_alignment(counter.used() + stage);
+  return pass == Pass::forward ? here : detail::largest({here, workspace_bytes(be, adapter, tokens, Pass::forward)});
 }
 
 /// y (+)= ΔY, or y ← (m/n) ∘ (y + s X̂AᵀBᵀ) with base.in_y. Returns what backward needs where `options.save` is given.
