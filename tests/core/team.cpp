@@ -13,6 +13,9 @@ using lm::Index;
 namespace {
 struct NoMaximum {
   static constexpr int width = 1;
+  static Index place() { return 0; }
+  template <class F, class Put>
+  void sums(Index, Index, const F&, const Put&) const {}
   template <class F>
   void each(Index, const F&) const {}
   template <class F>
@@ -47,6 +50,21 @@ TEST_CASE("sum adds in ascending order, in the type of the values") {
   static_assert(std::is_same_v<decltype(team.sum(4, at)), float>);
   static_assert(std::is_same_v<decltype(team.sum(1, [](Index) { return 1.0; })), double>);
   CHECK(team.sum(10, [](Index i) { return i; }) == 45);
+}
+
+TEST_CASE("sums: every group's, each put once") {
+  for (const Index size : {0, 1, 3, 40}) {
+    std::vector<Index> got;
+    team.sums(
+        4, size, [](Index g, Index i) { return 100 * g + i; },
+        [&](Index g, Index sum) {
+          CHECK(g == static_cast<Index>(got.size()));
+          got.push_back(sum);
+        });
+    REQUIRE(got.size() == 4);
+    for (Index g = 0; g < 4; ++g) CHECK(got[static_cast<std::size_t>(g)] == size * 100 * g + size * (size - 1) / 2);
+  }
+  CHECK(team.place() == 0);
 }
 
 TEST_CASE("maximum: the largest, and NaN before all, wherever it stands") {

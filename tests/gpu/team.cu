@@ -106,3 +106,47 @@ TEST_CASE_TEMPLATE("a team reduces in its fixed order", C, Pair<lm::gpu::WarpTea
     CHECK(gpu.release());
   }
 }
+
+namespace {
+
+/// out [n], counts [n]: values [n, size], a row each.
+template <class Tm>
+__global__ void sums_kernel(const float* values, Index n, Index size, float* out, int* counts) {
+  const Tm team;
+  team.sums(
+      n, size, [=](Index g, Index i) { return values[g * size + i]; },
+      [=](Index g, float sum) {
+        out[g] = sum;
+        counts[g] += 1;
+      });
+}
+
+}  // namespace
+
+TEST_CASE_TEMPLATE("sums of groups: the bits of sum, each put once", Tm, lm::gpu::WarpTeam, lm::gpu::BlockTeam<64>) {
+  GpuHarness gpu;
+  std::mt19937_64 random(seed(2));
+  std::uniform_real_distribution<float> uniform(-1, 1);
+  for (const std::size_t size : {0u, 1u, 2u, 3u, 8u, 21u, 32u, 33u, 100u}) {
+    for (const std::size_t n : {1u, 2u, 8u, 33u, 70u}) {
+      CAPTURE(size);
+      CAPTURE(n);
+      std::vector<float> values(n * size), sums(n, -7.0f);
+      std::vector<int> counts(n, 0);
+      for (float& value : values) value = uniform(random);
+      float* const out = gpu.upload(sums);
+      int* const put = gpu.upload(counts);
+      sums_kernel<Tm><<<1, Tm::width, 0, gpu.stream()>>>(gpu.upload(values), static_cast<Index>(n),
+                                                         static_cast<Index>(size), out, put);
+      lm::gpu::check_launch("sums_kernel");
+      gpu.download(out, sums);
+      gpu.download(put, counts);
+      for (std::size_t g = 0; g < n; ++g) {
+        const auto row = values.begin() + static_cast<std::ptrdiff_t>(g * size);
+        CHECK(sums[g] == tree_sum(std::vector<float>(row, row + static_cast<std::ptrdiff_t>(size)), Tm::width));
+        CHECK(counts[g] == 1);
+      }
+      CHECK(gpu.release());
+    }
+  }
+}

@@ -19,10 +19,25 @@ inline namespace LORAMIX_ABI {
 
 namespace detail {
 
+/// exp((z − top) / τ) / Σ where every thread of a team has its own z, of n ≤ width; those beyond repeat the first one's.
+template <Team Tm, class Score>
+LORAMIX_HD Score softmax_of(const Tm& team, Index n, Score z, Score temperature) {
+  using std::exp;
+  const Score top = team.maximum(n, [=](Index) { return z; });
+  if (top - top != Score(0) && top < Score(0)) return Score(0);
+  const Score power = Score(exp((z - top) / temperature));
+  return power / team.sum(n, [=](Index) { return power; });
+}
+
 /// p = softmax(logits / τ), shifted by the maximum. A row with a NaN logit becomes NaN, one of −∞ alone 0.
 template <Team Tm, class Score>
 LORAMIX_HD void softmax_row(const Tm& team, Index n, const Score* logits, Score temperature, Score* p) {
   using std::exp;
+  if (n > 0 && n <= Tm::width) {
+    const Score mine = softmax_of(team, n, logits[team.place() < n ? team.place() : 0], temperature);
+    team.each(n, [=](Index i) { p[i] = mine; });
+    return;
+  }
   const Score top = team.maximum(n, [=](Index i) { return logits[i]; });
   if (n != 0 && top - top != Score(0) && top < Score(0)) {
     team.each(n, [=](Index i) { p[i] = Score(0); });
@@ -33,12 +48,30 @@ LORAMIX_HD void softmax_row(const Tm& team, Index n, const Score* logits, Score 
   team.each(n, [=](Index i) { p[i] = p[i] / sum; });
 }
 
-/// dlogits += p ∘ (dp − ⟨p, dp⟩) / τ.
+/// p ∘ (dp − ⟨p, dp⟩) / τ where every thread of a team has its own p and dp, of n ≤ width.
+template <Team Tm, class Score>
+LORAMIX_HD Score softmax_slope(const Tm& team, Index n, Score p, Score dp, Score temperature) {
+  return p * (dp - team.sum(n, [=](Index) { return p * dp; })) / temperature;
+}
+
+/// dlogits += p ∘ (dp − ⟨p, dp⟩) / τ; dp(i) is asked once or twice.
+template <Team Tm, class Score, class F>
+LORAMIX_HD void softmax_backward(const Tm& team, Index n, const Score* p, const F& dp, Score temperature,
+                                 Score* dlogits) {
+  if (n > 0 && n <= Tm::width) {
+    const Index own = team.place() < n ? team.place() : 0;
+    const Score slope = softmax_slope(team, n, p[own], dp(own), temperature);
+    team.each(n, [=](Index i) { dlogits[i] += slope; });
+    return;
+  }
+  const Score inner = team.sum(n, [&](Index i) { return p[i] * dp(i); });
+  team.each(n, [&](Index i) { dlogits[i] += p[i] * (dp(i) - inner) / temperature; });
+}
 template <Team Tm, class Score>
 LORAMIX_HD void softmax_backward_row(const Tm& team, Index n, const Score* p, const Score* dp, Score temperature,
                                      Score* dlogits) {
-  const Score inner = team.sum(n, [=](Index i) { return p[i] * dp[i]; });
-  team.each(n, [=](Index i) { dlogits[i] += p[i] * (dp[i] - inner) / temperature; });
+  softmax_backward(
+      team, n, p, [=](Index i) { return dp[i]; }, temperature, dlogits);
 }
 
 }  // namespace detail
@@ -78,11 +111,11 @@ struct SoftmaxGate {
   template <Team Tm>
   LORAMIX_HD void backward_row(const Tm& team, Index t, const Score*, const State& state, const State& dstate,
                                Score* dh) const {
-    if (state.dp.data != nullptr) {
-      team.each(state.dp.cols, [&](Index e) { dstate.weights(t, e) += state.dp(t, e); });
-    }
-    detail::softmax_backward_row(team, state.weights.cols, state.weights.row(t), dstate.weights.row(t), temperature,
-                                 dh);
+    const Score* const dp = dstate.weights.row(t);
+    const Score* const more = state.dp.data == nullptr ? nullptr : state.dp.row(t);  // from losses
+    detail::softmax_backward(
+        team, state.weights.cols, state.weights.row(t),
+        [=](Index e) { return more == nullptr ? dp[e] : dp[e] + more[e]; }, temperature, dh);
   }
 };
 

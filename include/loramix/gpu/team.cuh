@@ -3,6 +3,7 @@
 /// Computes:    sum and maximum as trees of shuffles over values that thread i gathers from i, i + width, i + 2·width, …;
 ///              every thread gets the same bits.
 /// Errors:      none. Every thread of the team must make every call; blocks are one-dimensional.
+///              sums of up to 32 terms: neighbouring threads of a warp have one each, and as many sums as fit are made at once.
 /// Cost:        WarpTeam: five shuffles and a broadcast per reduction. BlockTeam<N>: that, N / 32 shared values, two
 ///              barriers.
 /// Determinism: a fixed order for a given width; no atomics.
@@ -68,27 +69,49 @@ __device__ auto gather_maximum(Index first, Index width, Index n, const F& f) {
 struct WarpTeam {
   static constexpr int width = warp_width;
 
+  __device__ static Index place() { return threadIdx.x % width; }
   template <class F>
   __device__ void each(Index n, const F& f) const {
-    for (Index i = lane(); i < n; i += width) f(i);
+    for (Index i = place(); i < n; i += width) f(i);
     __syncwarp();
   }
   template <class F>
   __device__ auto sum(Index n, const F& f) const {
-    return detail::reduce_warp(detail::gather_sum(lane(), width, n, f), detail::Plus{});
+    return detail::reduce_warp(detail::gather_sum(place(), width, n, f), detail::Plus{});
+  }
+  /// Shorter sums than the warp is wide are trees among neighbours; the bits are those of sum().
+  template <class F, class Put>
+  __device__ void sums(Index n, Index size, const F& f, const Put& put) const {
+    if (size > width) {
+      for (Index g = 0; g < n; ++g) {
+        const auto total = sum(size, [&](Index i) { return f(g, i); });
+        if (place() == 0) put(g, total);
+      }
+    } else {
+      int span = 1;
+      while (span < size) span *= 2;
+      const Index i = place() % span;
+      for (Index first = 0; first < n; first += width / span) {
+        const Index g = first + place() / span;
+        decltype(f(Index{0}, Index{0}) + f(Index{0}, Index{0})) total{};
+        if (g < n && i < size) total += f(g, i);
+        for (int distance = span / 2; distance > 0; distance /= 2) {
+          total = total + __shfl_down_sync(detail::whole_warp, total, distance);
+        }
+        if (g < n && i == 0) put(g, total);
+      }
+    }
+    __syncwarp();
   }
   template <class F>
   __device__ auto maximum(Index n, const F& f) const {
-    return detail::reduce_warp(detail::gather_maximum(lane(), width, n, f), detail::Larger{});
+    return detail::reduce_warp(detail::gather_maximum(place(), width, n, f), detail::Larger{});
   }
   template <class F>
   __device__ void once(const F& f) const {
-    if (lane() == 0) f();
+    if (place() == 0) f();
     __syncwarp();
   }
-
- private:
-  __device__ static Index lane() { return threadIdx.x % width; }
 };
 
 /// All N threads of a block.
@@ -98,6 +121,7 @@ struct BlockTeam {
                 "loramix: a BlockTeam has 32 to 1024 threads, a multiple of 32");
   static constexpr int width = N;
 
+  __device__ static Index place() { return threadIdx.x; }
   template <class F>
   __device__ void each(Index n, const F& f) const {
     for (Index i = threadIdx.x; i < n; i += width) f(i);
@@ -106,6 +130,14 @@ struct BlockTeam {
   template <class F>
   __device__ auto sum(Index n, const F& f) const {
     return reduce(detail::gather_sum(threadIdx.x, width, n, f), detail::Plus{});
+  }
+  template <class F, class Put>
+  __device__ void sums(Index n, Index size, const F& f, const Put& put) const {
+    for (Index g = 0; g < n; ++g) {
+      const auto total = sum(size, [&](Index i) { return f(g, i); });
+      if (place() == 0) put(g, total);
+    }
+    __syncthreads();
   }
   template <class F>
   __device__ auto maximum(Index n, const F& f) const {

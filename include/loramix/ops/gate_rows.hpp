@@ -119,12 +119,22 @@ struct ApplyGateBackward {
     if (!row.open(j, e)) return Acc(0);
     return dut(t, j) * u(t, u.cols == gate.ranks ? j : j % u.cols) * row.template factor<Skip>(j, e);
   }
-  /// out(t, i) = the terms of expert_at(i), summed. Many ranks: the team shares them, which keeps neighbours together.
+  /// out(t, i) = the terms of expert_at(i), summed. Mixed ranks, and many: the team shares them, which keeps neighbours together.
   template <Factor Skip, Team Tm, class F>
   LORAMIX_HD void over_experts(const Tm& team, const GateRow<Acc, Score, S>& row, Index t, Index count,
                                MatrixView<Acc, S> out, const F& expert_at) const {
     const auto ranks_of = [&](Index e) { return e < 0 ? Index{0} : gate.expert_begin(e + 1) - gate.expert_begin(e); };
     const auto at = [&](Index e, Index i) { return term<Skip>(row, t, gate.expert_begin(e) + i); };
+    if (gate.rank_offsets == nullptr) {
+      team.sums(
+          count, gate.ranks / gate.experts,
+          [&](Index k, Index i) {
+            const Index e = expert_at(k);
+            return e < 0 ? Acc(0) : at(e, i);
+          },
+          [&](Index k, Acc sum) { out(t, k) = sum; });
+      return;
+    }
     if (gate.ranks < 4 * gate.experts) {
       team.each(count, [&](Index k) {
         const Index e = expert_at(k);

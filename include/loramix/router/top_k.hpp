@@ -196,11 +196,14 @@ struct TopKGate {
       const TopKRule& r = gate.rule;
       Score* const logits = state.logits.row(t);
       Score* const p = state.p.row(t);
+      const auto logit = [&](Index e) {
+        return r.noise && call.key.on
+                   ? h(t, e) + gate.noise_of(call, t, e) * (detail::softplus(h(t, E + e)) + Score(0.01))
+                   : h(t, e);
+      };
+      if (E <= Tm::width) return in_registers(team, t, E, k, logit(team.place() < E ? team.place() : 0));
       team.each(E, [&](Index e) {
-        logits[e] = h(t, e);
-        if (r.noise && call.key.on) {
-          logits[e] += gate.noise_of(call, t, e) * (detail::softplus(h(t, E + e)) + Score(0.01));
-        }
+        logits[e] = logit(e);
         if (state.dp.data != nullptr) state.dp(t, e) = state.dlogits(t, e) = Score(0);
       });
       if (r.scoring == Scoring::softmax) {
@@ -213,6 +216,52 @@ struct TopKGate {
     }
 
    private:
+    /// The same where every thread of the team has one expert, or the first one's again: `logit`.
+    template <Team Tm>
+    LORAMIX_HD void in_registers(const Tm& team, Index t, Index E, Index k, Score logit) const {
+      const TopKRule& r = gate.rule;
+      const bool soft = r.scoring == Scoring::softmax;
+      const Score sigma = soft ? Score(0) : detail::sigmoid(logit);
+      Score p = Score(0);
+      if (soft) {
+        p = detail::softmax_of(team, E, logit, Score(r.temperature));
+      } else {
+        const Score sum = team.sum(E, [=](Index) { return sigma; });
+        p = sum == Score(0) ? Score(0) : sigma / sum;
+      }
+      team.each(E, [&](Index e) {
+        state.logits(t, e) = logit;
+        state.p(t, e) = p;
+        if (state.dp.data != nullptr) state.dp(t, e) = state.dlogits(t, e) = Score(0);
+      });
+      const auto of = [&](Score mine, Index e) {
+        return team.sum(E, [=](Index i) { return i == e ? mine : Score(0); });
+      };
+      const Score score = soft ? p : sigma;
+      const bool biased = call.selection_bias.data != nullptr;
+      const float key = biased ? static_cast<float>(score) + call.selection_bias[team.place() < E ? team.place() : 0]
+                               : static_cast<float>(logit);
+      Score sum = Score(0), carried = Score(0),
+            weight = Score(0);  // of scores; of p, for top-p; the choice at this place's
+      std::int32_t id = -1;     // the choice at this place
+      std::uint64_t last = detail::before_all;
+      for (Index s = 0; s < k; ++s) {
+        last = detail::next_choice(team, E, last, [=](Index) { return key; });
+        const Index e = detail::index_of(last);
+        if (r.top_p > 0 && carried >= Score(r.top_p)) continue;
+        if (r.top_p > 0) carried += of(p, e);
+        const Score chosen = of(score, e);
+        sum += chosen;
+        if (s == team.place()) weight = chosen, id = static_cast<std::int32_t>(e);
+      }
+      const Score top = team.maximum(E, [=](Index) { return logit; });
+      const bool broken = !(top == top);  // a NaN logit anywhere
+      if (r.renormalise) weight = sum == Score(0) ? Score(0) : weight / sum;
+      team.each(k, [&](Index s) {
+        state.weights(t, s) = broken ? Score(NAN) : weight * Score(r.route_scale);
+        state.ids(t, s) = state.chosen(t, s) = id;
+      });
+    }
     /// ids and weights of token t.
     template <Team Tm>
     LORAMIX_HD void choose(const Tm& team, Index t, Index E, Index k) const {
@@ -269,13 +318,13 @@ struct TopKGate {
       const Score* const p = state.p.row(t);
       Score* const dscore = dstate.p.row(t);  // of p, or of σ
       Score* const dlogits = dstate.logits.row(t);
-      team.once([&] { choice(t, E); });  // dscore from the weights
+      choice(team, t, E);  // dscore from the weights
       if (r.scoring == Scoring::softmax) {
-        team.each(E, [&](Index e) {
-          if (state.dp.data != nullptr) dscore[e] += state.dp(t, e);
-          dlogits[e] = Score(0);
-        });
-        detail::softmax_backward_row(team, E, p, dscore, Score(r.temperature), dlogits);
+        team.each(E, [&](Index e) { dlogits[e] = Score(0); });
+        const Score* const more = state.dp.data == nullptr ? nullptr : state.dp.row(t);  // from losses
+        detail::softmax_backward(
+            team, E, p, [=](Index e) { return more == nullptr ? dscore[e] : dscore[e] + more[e]; },
+            Score(r.temperature), dlogits);
       } else {
         const Score* const logits = state.logits.row(t);
         const Score sum = team.sum(E, [&](Index e) { return detail::sigmoid(logits[e]); });
@@ -298,26 +347,22 @@ struct TopKGate {
 
    private:
     /// The weights' gradient as one of the scores they were made of; 0 for the experts not chosen.
-    LORAMIX_HD void choice(Index t, Index E) const {
-      const Score* const logits = state.logits.row(t);
-      const Score* const p = state.p.row(t);
+    template <Team Tm>
+    LORAMIX_HD void choice(const Tm& team, Index t, Index E) const {
       const TopKRule& r = gate.rule;
-      for (Index e = 0; e < E; ++e) dstate.p(t, e) = Score(0);
-      Score sum = Score(0), inner = Score(0);
-      for (Index s = 0; s < r.k; ++s) {
-        if (state.chosen(t, s) >= 0) sum += gate.score(logits, p, state.chosen(t, s));
-      }
-      if (r.renormalise && sum == Score(0)) return;
-      for (Index s = 0; r.renormalise && s < r.k; ++s) {
+      const auto score = [&](Index s) {
         const Index e = state.chosen(t, s);
-        if (e >= 0) inner += dstate.weights(t, s) * (gate.score(logits, p, e) / sum);
-      }
-      for (Index s = 0; s < r.k; ++s) {  // one choice: exactly dg − dg·1 = 0
+        return e < 0 ? Score(0) : gate.score(state.logits.row(t), state.p.row(t), e);
+      };
+      team.each(E, [&](Index e) { dstate.p(t, e) = Score(0); });
+      const Score sum = r.renormalise ? team.sum(r.k, score) : Score(1);
+      if (sum == Score(0)) return;
+      const Score inner =
+          r.renormalise ? team.sum(r.k, [&](Index s) { return dstate.weights(t, s) * (score(s) / sum); }) : Score(0);
+      team.each(r.k, [&](Index s) {  // one choice: exactly dg − dg·1 = 0
         const Index e = state.chosen(t, s);
-        if (e < 0) continue;
-        const Score slope = r.renormalise ? (dstate.weights(t, s) - inner) / sum : dstate.weights(t, s);
-        dstate.p(t, e) = Score(r.route_scale) * slope;
-      }
+        if (e >= 0) dstate.p(t, e) = Score(r.route_scale) * ((dstate.weights(t, s) - inner) / sum);
+      });
     }
   };
 
