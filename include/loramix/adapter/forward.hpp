@@ -739,6 +739,7 @@ Saved<A> forward(const Backend& be, const A& adapter, MatrixView<const typename 
   const double jitter = options.key.on ? detail::jitter_of(gate) : 0;
   const auto form = T::form(gate, saved.state, call, ranks);
   typename T::ShrinkOp shrink{adapter.A(), T::side(gate), x, dropout, u, saved.h};
+  shrink.passing = !keep_u;  // where the gate is applied in its launch
   const bool select = detail::wants_selection(be, form, adapter.A().rows);
   if (select) shrink.select = form;
   // A gate that says which ranks are worth computing stays beside U, so that expand can read it too.

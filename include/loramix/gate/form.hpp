@@ -132,6 +132,8 @@ class GateRow {
     subset_row_ = resolve(form.subset.data != nullptr, form.subset_groups, form.subset.rows);
     weight_row_ = resolve(form.weights.data != nullptr, form.weight_groups, form.weights.rows);
     multiplier_row_ = resolve(form.multiplier.data != nullptr, form.multiplier_groups, form.multiplier.size);
+    if (form.ids.data == nullptr || !covered_) return;
+    for (Index k = 0; k < held && k < form.ids.cols; ++k) first_[k] = form.ids(id_row_, k);
   }
 
   /// Whether rank j of expert e lets anything through.
@@ -155,14 +157,17 @@ class GateRow {
 
   /// The place of expert e among the chosen ones, or −1.
   LORAMIX_HD Index slot(Index e) const {
-    for (Index k = 0; k < form_.ids.cols; ++k) {
+    for (Index k = 0; k < held; ++k) {
+      if (first_[k] == e && k < form_.ids.cols) return k;
+    }
+    for (Index k = held; k < form_.ids.cols; ++k) {
       if (form_.ids(id_row_, k) == e) return k;
     }
     return -1;
   }
   /// The expert in place k, or −1 for none or a bad id: out of range, or in an earlier place already.
   LORAMIX_HD Index expert_at(Index k) const {
-    const Index e = covered_ ? form_.ids(id_row_, k) : -1;
+    const Index e = !covered_ ? -1 : k == 0 ? first_[0] : k == 1 ? first_[1] : form_.ids(id_row_, k);
     if (e == -1) return -1;
     if (e >= 0 && e < form_.experts && slot(e) == k) return e;
     flag(&StatusFlags::bad_expert_id);
@@ -200,8 +205,11 @@ class GateRow {
     if (form_.status != nullptr) form_.status->*which = 1;
   }
 
+  static constexpr Index held = 2;  // ids that every question needs again
+
   const GateForm<Score, S>& form_;
   Index t_;
+  std::int32_t first_[held] = {-1, -1};
   Index id_row_ = 0, prefix_row_ = 0, subset_row_ = 0, weight_row_ = 0, multiplier_row_ = 0;
   bool covered_ = true;
 };

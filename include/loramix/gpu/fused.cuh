@@ -151,11 +151,15 @@ __global__ void __launch_bounds__(256)
   each_row(body, token, rows);
 }
 
+/// `passing`: nobody but `body` reads u.
 template <class Math, bool k_major, class Body>
 void launch_shrink(const Backend& be, const ShrinkPlan& plan,
-                   const ShrinkTask<typename Math::Left, typename Math::Right>& task, const Body& body) {
+                   ShrinkTask<typename Math::Left, typename Math::Right> task, const Body& body, bool passing = false) {
   using Block = ShrinkBlock<Math, k_major>;
   const bool copy_of_x = task.dropout.on() && task.columns > task.padded;
+  task.near = ReadsBefore<Body, WarpTeam, NearRows> && plan.groups == 1 && task.ranks != 0 && !task.sparse &&
+              (plan.splits == 1 || task.tickets != nullptr);
+  if (task.near && passing) task.u.data = nullptr;
   if (plan.groups != 0) {
     launch(be, "shrink_kernel", &shrink_kernel<Math, k_major, Body>,
            dim3(as_grid(plan.tiles), as_grid(plan.groups), as_grid(plan.splits)), ShrinkWarps(plan.group).threads(),
@@ -197,7 +201,7 @@ void execute(const Backend& be, const Shrink<X, W, Acc, Score, Space::device>& o
     task.padded = static_cast<int>(round_up(op.A.rows, 8));
     task.columns = columns;
     task.partial = carve_partial(work, plan, task);
-    launch_shrink<Math, true>(be, plan, task, body);
+    launch_shrink<Math, true>(be, plan, task, body, op.passing);
   });
 }
 template <class X, class W, class Acc, class Score>
@@ -418,9 +422,9 @@ void execute(const Backend& be, const ExpandBackward<Acc, W, Y, Score, G, Space:
     const Body body{op.u, scratch.dut, gate, op.du, scratch.by_token, op.dgate.values, op.gate_values};
     const bool follows = final_by_token(gate, op.dgate, scratch.by_token);
     if (alone || !follows) {
-      launch_shrink<Math, M == Major::column>(be, plan, task, body);
+      launch_shrink<Math, M == Major::column>(be, plan, task, body, true);
     } else {
-      launch_shrink<Math, M == Major::column>(be, plan, task, InTurn{body, then});
+      launch_shrink<Math, M == Major::column>(be, plan, task, InTurn{body, then}, true);
     }
 
     if (op.dB.data != nullptr) {

@@ -16,6 +16,7 @@
 #include <loramix/gpu/selection.cuh>
 #include <loramix/gpu/team.cuh>
 #include <loramix/gpu/tickets.cuh>
+#include <loramix/ops/rows.hpp>
 
 namespace loramix {
 inline namespace LORAMIX_ABI {
@@ -52,6 +53,7 @@ struct ShrinkTask {
   Index chunk = 0;  // contracted columns per chunk, a multiple of shrink_stage
   int chunks = 1;
   int splits = 1;               // blocks along the contracted axis: 1 or chunks
+  bool near = false;            // u goes on in shared memory, for the row body; and home where it has one
   float* partial = nullptr;     // [splits, T, pitch()]
   unsigned* tickets = nullptr;  // one per token tile, zero before and after; null: nobody adds up
   LORAMIX_HD constexpr Index pitch() const { return (columns + 7) / 8 * 8; }
@@ -61,6 +63,13 @@ struct ShrinkTask {
 struct NoRows {
   template <class Team>
   __device__ void operator()(const Team&, Index) const {}
+};
+
+/// What one of the blocks, which adds up, still has in shared memory: [rows, columns from `first` on], of split `split`. The sums take its
+/// place where task.near says so.
+struct OwnSums {
+  float* tile = nullptr;
+  int pitch = 0, split = -1, first = 0, columns = 0;
 };
 
 /// `sparse`: every warp multiplies only the rows that have one of its 32 columns open (gpu/selection.cuh), sixteen at a time; what
@@ -367,14 +376,17 @@ class ShrinkBlock {
     return task.tickets != nullptr && last_to_arrive(task.tickets + blockIdx.x, gridDim.y * gridDim.z);
   }
   __device__ bool add_up() {
-    add_partial_sums(task, token, rows);
+    add_partial_sums(task, token, rows, OwnSums{sums(), sum_pitch(), static_cast<int>(blockIdx.z), column, task.group});
     __syncthreads();
     return true;
   }
 
   /// All chunks were this block's: u and h.
   __device__ void finish(const float4 (&total)[16]) {
-    finish(total, [this](int row, int c, float sum) { store(task, token + row, c, sum); });
+    finish(total, [this](int row, int c, float sum) {
+      store(task, token + row, c, sum);
+      if (task.near) sums()[row * sum_pitch() + c] = task.scale * sum;  // in its own place, once more
+    });
   }
   template <class F>
   __device__ void finish(const float4 (&total)[16], const F& f) {
@@ -406,15 +418,16 @@ class ShrinkBlock {
 /// A finished sum, at home.
 template <class X, class W>
 __device__ void store(const ShrinkTask<X, W>& task, Index t, int column, float sum) {
-  if (column < task.ranks)
-    task.u(t, column) = task.scale * sum;
-  else if (column >= task.padded)
+  if (column < task.ranks) {
+    if (task.u.data != nullptr) task.u(t, column) = task.scale * sum;
+  } else if (column >= task.padded) {
     task.h(t, column - task.padded) = sum;
+  }
 }
 
 /// Adds up what the blocks of tokens [token, token + rows) left, chunk after chunk; by all threads of a block.
 template <class X, class W>
-__device__ void add_partial_sums(const ShrinkTask<X, W>& task, Index token, int rows) {
+__device__ void add_partial_sums(const ShrinkTask<X, W>& task, Index token, int rows, const OwnSums& own = {}) {
   const Index pitch = task.pitch(), apart = task.x.rows * pitch;
   if (task.sparse) {  // what is open, and side rows
     const int warps = static_cast<int>(blockDim.x) / warp_width, lane = static_cast<int>(threadIdx.x) % warp_width;
@@ -437,17 +450,28 @@ __device__ void add_partial_sums(const ShrinkTask<X, W>& task, Index token, int 
     const Index t = token + i / pitch;
     const int column = static_cast<int>(i % pitch);
     const float* from = task.partial + t * pitch + column;
-    float total = __ldcg(from);
-    for (int s = 1; s < task.splits; ++s) total += __ldcg(from + s * apart);
+    float* const here = own.tile + i / static_cast<int>(pitch) * own.pitch + (column - own.first);
+    const int kept = column >= own.first && column - own.first < own.columns ? own.split : -1;
+    float total = kept == 0 ? *here : __ldcg(from);
+    for (int s = 1; s < task.splits; ++s) total += kept == s ? *here : __ldcg(from + s * apart);
     if (column < task.columns) store(task, t, column, total);
+    if (task.near) *here = task.scale * total;
   }
 }
 
+/// Rows of u that are not at home, by token.
+using NearRows = MatrixView<const float, Space::device>;
+
 /// The warps of a block share its rows [begin, begin + count).
 template <class Body>
-__device__ void each_row(const Body& body, Index begin, int count) {
+__device__ void each_row(const Body& body, Index begin, int count, const NearRows& near = {}) {
   const int warps = static_cast<int>(blockDim.x) / warp_width;
-  for (int i = static_cast<int>(threadIdx.x) / warp_width; i < count; i += warps) body(WarpTeam{}, begin + i);
+  for (int i = static_cast<int>(threadIdx.x) / warp_width; i < count; i += warps) {
+    if constexpr (ReadsBefore<Body, WarpTeam, NearRows>)
+      body(WarpTeam{}, begin + i, near);
+    else
+      body(WarpTeam{}, begin + i);
+  }
 }
 
 /// One copy for all row bodies.
@@ -466,7 +490,12 @@ __global__ void __launch_bounds__(256, 1)
                                   : shrink_tile<Math, k_major, false>(task, shared_memory);
   if (goes_on == 0) return;
   const Index token = Index{blockIdx.x} * tile_rows, left = task.x.rows - token;
-  each_row(body, token, left < tile_rows ? static_cast<int>(left) : tile_rows);
+  NearRows near;
+  if (task.near) {
+    const Index pitch = task.group + 8;  // the block's tile of sums, as if it began with token 0
+    near = {reinterpret_cast<const float*>(shared_memory) - token * pitch, task.x.rows, task.ranks, pitch};
+  }
+  each_row(body, token, left < tile_rows ? static_cast<int>(left) : tile_rows, near);
 }
 
 }  // namespace detail

@@ -51,11 +51,17 @@ struct ApplyGate {
 
   template <Team Tm>
   LORAMIX_HD void operator()(const Tm& team, Index t) const {
+    (*this)(team, t, MatrixView<const Acc, S>{});
+  }
+  /// `elsewhere`: U, where it is not empty (ops/rows.hpp).
+  template <Team Tm>
+  LORAMIX_HD void operator()(const Tm& team, Index t, const MatrixView<const Acc, S>& elsewhere) const {
+    const MatrixView<const Acc, S> from = elsewhere.data != nullptr ? elsewhere : u;
     const GateRow<Acc, Score, S> row(gate, t);
     for (Index k = 0; k < gate.ids.cols && !gate.computed; ++k) row.expert_at(k);  // flags bad ids
     team.each(gate.ranks, [&](Index j) {
       const Index e = gate.expert_of(j);
-      gated(t, j) = row.open(j, e) ? u(t, u.cols == gate.ranks ? j : j % u.cols) * row.factor(j, e) : Acc(0);
+      gated(t, j) = row.open(j, e) ? from(t, from.cols == gate.ranks ? j : j % from.cols) * row.factor(j, e) : Acc(0);
     });
   }
 };
@@ -82,31 +88,37 @@ struct ApplyGateBackward {
 
   template <Team Tm>
   LORAMIX_HD void operator()(const Tm& team, Index t) const {
+    (*this)(team, t, MatrixView<const Acc, S>{});
+  }
+  /// `elsewhere`: dŨ, where it is not empty (ops/rows.hpp).
+  template <Team Tm>
+  LORAMIX_HD void operator()(const Tm& team, Index t, const MatrixView<const Acc, S>& elsewhere) const {
+    const MatrixView<const Acc, S> from = elsewhere.data != nullptr ? elsewhere : dut;
     const GateRow<Acc, Score, S> row(gate, t);
     const Index shared = u.cols, ranks = gate.ranks;
     team.each(shared, [&](Index i) {
       Acc sum = Acc(0);
       for (Index j = i; j < ranks; j += shared) {
         const Index e = gate.expert_of(j);
-        if (row.open(j, e)) sum += dut(t, j) * row.factor(j, e);
+        if (row.open(j, e)) sum += from(t, j) * row.factor(j, e);
       }
       du(t, i) = sum;
     });
     if (dvalues.data != nullptr) {
-      team.each(ranks, [&](Index j) { store(dvalues(t, j), term<Factor::value>(row, t, j), into_values); });
+      team.each(ranks, [&](Index j) { store(dvalues(t, j), term<Factor::value>(from, row, t, j), into_values); });
     }
     if (by_token.rank_scale.data != nullptr) {
-      team.each(ranks, [&](Index j) { by_token.rank_scale(t, j) = term<Factor::rank_scale>(row, t, j); });
+      team.each(ranks, [&](Index j) { by_token.rank_scale(t, j) = term<Factor::rank_scale>(from, row, t, j); });
     }
     if (by_token.multiplier.data != nullptr) {
-      const Acc sum = team.sum(ranks, [&](Index j) { return term<Factor::multiplier>(row, t, j); });
+      const Acc sum = team.sum(ranks, [&](Index j) { return term<Factor::multiplier>(from, row, t, j); });
       team.once([&] { by_token.multiplier(t, 0) = sum; });
     }
     if (by_token.weights.data != nullptr) {
-      over_experts<Factor::weight>(team, row, t, gate.experts, by_token.weights, [](Index e) { return e; });
+      over_experts<Factor::weight>(team, from, row, t, gate.experts, by_token.weights, [](Index e) { return e; });
     }
     if (by_token.id_weights.data != nullptr) {
-      over_experts<Factor::id_weight>(team, row, t, gate.ids.cols, by_token.id_weights,
+      over_experts<Factor::id_weight>(team, from, row, t, gate.ids.cols, by_token.id_weights,
                                       [&](Index k) { return row.expert_at(k); });
     }
   }
@@ -114,17 +126,17 @@ struct ApplyGateBackward {
  private:
   /// dŨ ∘ U ∘ the other factors, at one rank; closed ranks give 0.
   template <Factor Skip>
-  LORAMIX_HD Acc term(const GateRow<Acc, Score, S>& row, Index t, Index j) const {
+  LORAMIX_HD Acc term(const MatrixView<const Acc, S>& from, const GateRow<Acc, Score, S>& row, Index t, Index j) const {
     const Index e = gate.expert_of(j);
     if (!row.open(j, e)) return Acc(0);
-    return dut(t, j) * u(t, u.cols == gate.ranks ? j : j % u.cols) * row.template factor<Skip>(j, e);
+    return from(t, j) * u(t, u.cols == gate.ranks ? j : j % u.cols) * row.template factor<Skip>(j, e);
   }
   /// out(t, i) = the terms of expert_at(i), summed. Mixed ranks, and many: the team shares them, which keeps neighbours together.
   template <Factor Skip, Team Tm, class F>
-  LORAMIX_HD void over_experts(const Tm& team, const GateRow<Acc, Score, S>& row, Index t, Index count,
-                               MatrixView<Acc, S> out, const F& expert_at) const {
+  LORAMIX_HD void over_experts(const Tm& team, const MatrixView<const Acc, S>& from, const GateRow<Acc, Score, S>& row,
+                               Index t, Index count, MatrixView<Acc, S> out, const F& expert_at) const {
     const auto ranks_of = [&](Index e) { return e < 0 ? Index{0} : gate.expert_begin(e + 1) - gate.expert_begin(e); };
-    const auto at = [&](Index e, Index i) { return term<Skip>(row, t, gate.expert_begin(e) + i); };
+    const auto at = [&](Index e, Index i) { return term<Skip>(from, row, t, gate.expert_begin(e) + i); };
     if (gate.rank_offsets == nullptr) {
       team.sums(
           count, gate.ranks / gate.experts,

@@ -25,6 +25,12 @@ struct Rows {
   void check() const { check::at_least(name, "rows", rows, 0); }
 };
 
+/// A row body that reads rows of the op before it from wherever they are: body(team, t, rows), rows empty: where they always are.
+template <class Body, class Tm, class Rows_>
+concept ReadsBefore = requires(const Body& body, const Tm& team, const Rows_& before) {
+  body(team, Index{0}, before);
+};
+
 /// Row body: two bodies of one row, one after the other.
 template <class First, class Second>
 struct InTurn {
@@ -34,6 +40,21 @@ struct InTurn {
   LORAMIX_HD void operator()(const Tm& team, Index t) const {
     first(team, t);
     second(team, t);
+  }
+  template <Team Tm, class Before>
+    requires(ReadsBefore<First, Tm, Before> || ReadsBefore<Second, Tm, Before>)
+  LORAMIX_HD void operator()(const Tm& team, Index t, const Before& before) const {
+    run(first, team, t, before);
+    run(second, team, t, before);
+  }
+
+ private:
+  template <class Body, class Tm, class Before>
+  LORAMIX_HD static void run(const Body& body, const Tm& team, Index t, const Before& before) {
+    if constexpr (ReadsBefore<Body, Tm, Before>)
+      body(team, t, before);
+    else
+      body(team, t);
   }
 };
 template <class First, class Second>

@@ -31,6 +31,7 @@ struct Shrink {
   MatrixView<Acc, S> u;         // [T, R_a]
   MatrixView<Score, S> h;       // [T, n]
   GateForm<Score, S> select{};  // what will be read of U; no tokens: everything
+  bool passing = false;         // only a row body in the op's own launch reads U: it need not be written
 
   void check() const {
     check::view(name, "A", A);

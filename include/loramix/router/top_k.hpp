@@ -315,6 +315,7 @@ struct TopKGate {
     LORAMIX_HD void operator()(const Tm& team, Index t) const {
       const Index E = gate.experts();
       const TopKRule& r = gate.rule;
+      if (E <= Tm::width) return in_registers(team, t, E);
       const Score* const p = state.p.row(t);
       Score* const dscore = dstate.p.row(t);  // of p, or of σ
       Score* const dlogits = dstate.logits.row(t);
@@ -346,6 +347,47 @@ struct TopKGate {
     }
 
    private:
+    /// The same where every thread of the team has one expert, and one choice.
+    template <Team Tm>
+    LORAMIX_HD void in_registers(const Tm& team, Index t, Index E) const {
+      const TopKRule& r = gate.rule;
+      const Index own = team.place() < E ? team.place() : 0;
+      const Index choice = team.place() < r.k ? state.chosen(t, team.place()) : Index{-1};
+      Score score = Score(0), slope = Score(0);  // of this place's choice
+      if (choice >= 0) {
+        score = gate.score(state.logits.row(t), state.p.row(t), choice);
+        slope = dstate.weights(t, team.place());
+      }
+      const Score sum = r.renormalise ? team.sum(r.k, [=](Index) { return score; }) : Score(1);
+      if (r.renormalise && sum != Score(0)) {
+        const Score inner = team.sum(r.k, [=](Index) { return slope * (score / sum); });
+        slope = (slope - inner) / sum;  // one choice: exactly dg − dg·1 = 0
+      }
+      Score dscore = Score(0);  // of p, or of σ
+      for (Index s = 0; s < r.k && sum != Score(0); ++s) {
+        const Index e = team.sum(r.k, [=](Index i) { return i == s ? choice : Index{0}; });
+        const Score of_choice = team.sum(r.k, [=](Index i) { return i == s ? slope : Score(0); });
+        if (e == own) dscore = Score(r.route_scale) * of_choice;
+      }
+      const Score p = state.p(t, own), dp = state.dp.data != nullptr ? state.dp(t, own) : Score(0);
+      Score dlogit = Score(0);
+      if (r.scoring == Scoring::softmax) {
+        dlogit = detail::softmax_slope(team, E, p, dscore + dp, Score(r.temperature));
+      } else {
+        const Score q = detail::sigmoid(state.logits(t, own));
+        const Score all = team.sum(E, [=](Index) { return q; });
+        const Score inner = team.sum(E, [=](Index) { return dp * p; });
+        if (state.dp.data != nullptr && all != Score(0)) dscore += (dp - inner) / all;
+        dlogit = dscore * q * (Score(1) - q);
+      }
+      if (state.dlogits.data != nullptr) dlogit += state.dlogits(t, own);
+      team.each(E, [&](Index e) {
+        dh(t, e) += dlogit;
+        if (r.noise && call.key.on) {
+          dh(t, E + e) += dlogit * gate.noise_of(call, t, e) * detail::sigmoid(h(t, E + e));
+        }
+      });
+    }
     /// The weights' gradient as one of the scores they were made of; 0 for the experts not chosen.
     template <Team Tm>
     LORAMIX_HD void choice(const Tm& team, Index t, Index E) const {
