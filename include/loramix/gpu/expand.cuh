@@ -4,7 +4,7 @@
 ///              warp streams its own strip of B and adds its own sums to y: one rounding per element.
 /// Reads:       ranks (u [T, R_a], a gate, h [T, n]), B [R, N] or [N, R], side [n, N].
 /// Adds to:     y [T, N], or assigns: then y is never read. Where ranks are grouped, a row to which nothing is added stays as it is.
-/// Cost:        y once; B once per 64 tokens; ũ once per block. More than `window` steps of ranks: once per 256 columns.
+/// Cost:        y once; B once per 64 tokens; ũ once per block. More than `window` steps of ranks: once per tile of columns.
 /// Determinism: an element's sum runs over the ranks in order, then over the side rows, whatever T and the grid.
 /// Example:     gpu/fused.cuh
 #pragma once
@@ -17,7 +17,9 @@ inline namespace LORAMIX_ABI {
 namespace gpu {
 namespace detail {
 
-inline constexpr int strip_warps = 8;  // of a block, each with 32 columns
+/// Warps of a block, each with 32 columns.
+template <class Math, bool sparse>
+inline constexpr int strip_warps = sparse ? 8 : Math::strip_warps;
 
 template <class Y, class W>
 struct ExpandTask {
@@ -30,7 +32,7 @@ struct ExpandTask {
   MatrixView<Y, Space::device> y;
   Into into = Into::add;
   bool aligned = false;  // rows of y begin on 16 bytes
-  int tiles = 1;         // of 256 columns, per block
+  int tiles = 1;         // of 32 columns per warp, per block
   int window = 16;       // steps of ranks in shared memory at a time
   int unit = 1;          // steps that a token has open together, where ranks.sparse; window is a multiple of it
 };
@@ -43,19 +45,20 @@ class ExpandBlock {
   using W = typename Math::Right;
   using Task = ExpandTask<Y, W>;
   using WeightStrip = Strip<W, by_column>;
+  static constexpr int warps = strip_warps<Math, sparse>;
 
  public:
   static constexpr Index shared_bytes(int window, int units) {
-    return shared_bytes_of(window) + (sparse ? strip_warps * sum_bytes + window * tile_rows + Units::bytes(units) : 0);
+    return shared_bytes_of(window) + (sparse ? warps * sum_bytes + window * tile_rows + Units::bytes(units) : 0);
   }
 
   __device__ ExpandBlock(const Task& task_, unsigned char* shared)
       : task(task_),
         sums(reinterpret_cast<float*>(shared + shared_bytes_of(task_.window) + threadIdx.x / 32 * sum_bytes)),
-        rows_of(shared + shared_bytes_of(task_.window) + strip_warps * sum_bytes),
+        rows_of(shared + shared_bytes_of(task_.window) + warps * sum_bytes),
         units(rows_of + task_.window * tile_rows, task_.ranks.padded / (task_.unit * tile_step)),
         strip(shared + threadIdx.x / 32 * (WeightStrip::slots * WeightStrip::slot_bytes)),
-        ranks(reinterpret_cast<float*>(shared + strip_warps * WeightStrip::slots * WeightStrip::slot_bytes)),
+        ranks(reinterpret_cast<float*>(shared + warps * WeightStrip::slots * WeightStrip::slot_bytes)),
         rank_pitch(pitch_of(task_.window)),
         token(Index{blockIdx.x} * tile_rows),
         steps(task_.ranks.steps()),
@@ -65,9 +68,9 @@ class ExpandBlock {
     rows = left < tile_rows ? static_cast<int>(left) : tile_rows;
     extent.rows = (rows + 15) / 16;
     const Index before = Index{blockIdx.y} * task.tiles;
-    const Index all = (task.y.cols + strip_warps * tile_cols - 1) / (strip_warps * tile_cols);
+    const Index all = (task.y.cols + warps * tile_cols - 1) / (warps * tile_cols);
     tiles = static_cast<int>(min(Index{task.tiles}, all - before));
-    first_column = before * strip_warps * tile_cols + threadIdx.x / 32 * tile_cols;
+    first_column = before * warps * tile_cols + threadIdx.x / 32 * tile_cols;
   }
 
   __device__ void run() {
@@ -108,7 +111,7 @@ class ExpandBlock {
 
   LORAMIX_HD static constexpr int pitch_of(int window) { return (window * tile_step + 31) / 32 * 32 + Math::pad_ranks; }
   LORAMIX_HD static constexpr int shared_bytes_of(int window) {
-    return strip_warps * WeightStrip::slots * WeightStrip::slot_bytes +
+    return warps * WeightStrip::slots * WeightStrip::slot_bytes +
            tile_rows * pitch_of(window) * static_cast<int>(sizeof(float));
   }
 
@@ -233,13 +236,12 @@ class ExpandBlock {
     const int first = w * window, count = min(window, rank_steps / task.unit - first), width = task.unit * tile_step;
     const int warp = static_cast<int>(threadIdx.x) / 32;
     __syncthreads();  // nobody reads the window before
-    for (int place = warp; place < count; place += strip_warps)
-      units.list_rows(first + place, rows_of + place * tile_rows);
+    for (int place = warp; place < count; place += warps) units.list_rows(first + place, rows_of + place * tile_rows);
     __syncthreads();
     for (int place = 0; place < count; ++place) {
       const int listed = __popcll(units.rows(first + place)), rank = units[first + place] * width;
       const unsigned char* const list = rows_of + place * tile_rows;
-      for (int i = warp; i < (listed + 15) / 16 * 16; i += strip_warps) {
+      for (int i = warp; i < (listed + 15) / 16 * 16; i += warps) {
         fill_rank_row(task.ranks, i < listed ? token + list[i] : Index{-1}, width,
                       ranks + i * rank_pitch + place * width, false, [rank](int c) { return rank + c; });
       }
@@ -267,7 +269,7 @@ class ExpandBlock {
     else
       return i;
   }
-  __device__ Index column_of(int tile) const { return first_column + Index{tile} * (strip_warps * tile_cols); }
+  __device__ Index column_of(int tile) const { return first_column + Index{tile} * (warps * tile_cols); }
 
   /// Step s of all column tiles' steps, one after the other.
   __device__ void request(int s, int count) const {
@@ -394,7 +396,7 @@ class ExpandBlock {
 };
 
 template <class Math, class Y, bool by_column, bool sparse>
-__global__ void __launch_bounds__(32 * strip_warps, 1)
+__global__ void __launch_bounds__(32 * strip_warps<Math, sparse>, 1)
     expand_kernel(const __grid_constant__ ExpandTask<Y, typename Math::Right> task) {
   extern __shared__ __align__(128) unsigned char shared_memory[];
   ExpandBlock<Math, Y, by_column, sparse>(task, shared_memory).run();

@@ -215,8 +215,9 @@ void execute(const Backend& be, const Shrink<X, W, Acc, Score, Space::device>& o
 template <class Math, class Y, bool by_column, bool sparse>
 bool launch_expand_kernel(const Backend& be, ExpandTask<Y, typename Math::Right> task) {
   using Block = ExpandBlock<Math, Y, by_column, sparse>;
+  constexpr int warps = strip_warps<Math, sparse>;
   const Tuning& tuning = be.tuning;
-  const Index steps = task.ranks.steps(), all = ceil_div(task.y.cols, strip_warps * tile_cols);
+  const Index steps = task.ranks.steps(), all = ceil_div(task.y.cols, warps * tile_cols);
   const Index tiles = ceil_div(task.y.rows, tile_rows);
   if constexpr (sparse) task.unit = steps_of_unit(task.ranks.gate);
   const int least = sparse ? task.unit : 2, units = task.ranks.padded / tile_step / task.unit;
@@ -235,7 +236,7 @@ bool launch_expand_kernel(const Backend& be, ExpandTask<Y, typename Math::Right>
   blocks = blocks < 1 ? 1 : blocks < all ? blocks : all;
   task.tiles = static_cast<int>(ceil_div(all, blocks));
   launch(be, "expand_kernel", &expand_kernel<Math, Y, by_column, sparse>,
-         dim3(as_grid(tiles), as_grid(ceil_div(all, task.tiles))), 32 * strip_warps, shared_bytes(), task);
+         dim3(as_grid(tiles), as_grid(ceil_div(all, task.tiles))), 32 * warps, shared_bytes(), task);
   return true;
 }
 template <class Math, class Y, bool by_column>

@@ -222,6 +222,7 @@ struct Tensor {
   static constexpr int pad_ranks = 8;   // of a row of LeftRanks, in floats, beyond a multiple of 32: no bank conflicts
   static constexpr int pad_tokens = 4;  // of a row of LeftTokens, beyond a multiple of 16
   static constexpr int token_warps = 16;  // of a block that sums over tokens: as many as registers allow
+  static constexpr int strip_warps = 9;   // of one that expands: 15 blocks read the ranks for 4096 columns, not 16
 
   template <class R>
   __device__ static void step(const Lane& lane, Accumulator& acc, const LeftTile<E>& left, const R& right, int k,
@@ -293,6 +294,7 @@ struct Tensor<float, terms> {
   static constexpr int pad_ranks = 4;
   static constexpr int pad_tokens = 8;
   static constexpr int token_warps = 8;
+  static constexpr int strip_warps = 8;
 
   template <class L, class R>
   __device__ static void step(const Lane& lane, Accumulator& acc, const L& left, const R& right, int k,
@@ -330,6 +332,7 @@ struct Fma {
   static constexpr int pad_ranks = 4;
   static constexpr int pad_tokens = 4;
   static constexpr int token_warps = 8;
+  static constexpr int strip_warps = 8;
 
   template <class L, class R>
   __device__ static void step(const Lane& lane, Accumulator& acc, const L& left, const R& right, int k,
