@@ -293,7 +293,7 @@ struct Tensor<float, terms> {
   using Right = float;
   static constexpr int pad_ranks = 4;
   static constexpr int pad_tokens = 8;
-  static constexpr int token_warps = 8;
+  static constexpr int token_warps = 9;  // as strip_warps of 16 bits
   static constexpr int strip_warps = 8;
 
   template <class L, class R>
@@ -331,7 +331,7 @@ struct Fma {
   using Right = W;
   static constexpr int pad_ranks = 4;
   static constexpr int pad_tokens = 4;
-  static constexpr int token_warps = 8;
+  static constexpr int token_warps = 9;  // as strip_warps of 16 bits
   static constexpr int strip_warps = 8;
 
   template <class L, class R>
