@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Would the GPU suite notice? Applies seven patches, one at a time, to a copy of the headers, and expects each to turn a small
+"""Would the GPU suite notice? Applies nine patches, one at a time, to a copy of the headers, and expects each to turn a small
 part of the suite (suite.cu) red under the emulator with all of its checks; unpatched it must be green.
 
   LORAMIX_PTXEMU=… tests/gpu/mutations/run.py [NAME...]
@@ -24,6 +24,8 @@ PATCHES = {
     "swapped index": (GPU + "math.cuh", "tile.address(row + lane.id % 16, chunk + lane.id / 16)",
                       "tile.address(row + lane.id / 16, chunk + lane.id % 16)"),
     "sums of another row": (GPU + "expand.cuh", "const int row = list[16 * i + lane.g + 8 * r];", "const int row = 16 * i + lane.g + 8 * r;"),
+    "another block's sums": (GPU + "shrink.cuh", "kept == s ? *here : __ldcg(from + s * apart)", "kept >= 0 ? *here : __ldcg(from + s * apart)"),
+    "a factor lost on the way": (GPU + "shrink.cuh", "if (task.near) *here = task.scale * total;", "if (task.near) *here = total;"),
     "a token twice": (GPU + "token_sum.cuh", "return i < count ? token_at(i) : task.x.rows;", "return token_at(i < count ? i / 2 : 0);"),
 }
 
