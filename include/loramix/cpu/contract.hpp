@@ -140,7 +140,9 @@ struct PanelContraction {
     else
       c.load_from(sums, padded);
     RowWalk<X> walk = next;
-    outer(n, Rows3<T>(rows, stride), Panel<float>{panel, N * width}, c, [&](Index i) { walk.template step<2>(i); });
+    outer(
+        n, Rows3<T>(rows, stride), Panel<float>{panel, N * width},
+        c, [&](Index i) __attribute__((always_inline)) { walk.template step<2>(i); });
     next = walk;
     c.store_to(sums, padded);
   }
@@ -214,7 +216,7 @@ struct DotContraction {
     if (k + sweep < w.cols)
       c.store_to(sums, N * width);
     else
-      c.each([&](int m, int n, Packet v) { out(t + m, r + n) = scale * sum(v); });
+      c.each([&](int m, int n, Packet v) __attribute__((always_inline)) { out(t + m, r + n) = scale * sum(v); });
   }
 };
 

@@ -1,5 +1,5 @@
 /// The three products for gates that close most experts: tokens are taken group by group (cpu/selection.hpp), by the
-/// addresses of their rows; nothing is gathered.
+/// addresses of their rows. Sums over tokens copy a chunk of rows into panels, once for all of its groups.
 ///
 /// Computes:    what cpu/contract.hpp, cpu/spread.hpp and cpu/token_sum.hpp compute, for the open ranks only.
 /// Reads:       as they do; U and dU of closed ranks are neither read nor computed.
@@ -163,8 +163,10 @@ struct GroupedContraction {
     const Index pitch_of_sums = padded(*selection);
     in_steps<T>(
         part.count,
-        [&](auto m, Index j) {
-          const RowList<m> rows([&](int r) { return part.rows.p + part.entries[j + r].token * part.rows.stride; });
+        [&](auto m, Index j) __attribute__((always_inline)) {
+          const RowList<m> rows([&](int r) __attribute__((always_inline)) {
+            return part.rows.p + part.entries[j + r].token * part.rows.stride;
+          });
           tile<m, N>(part.n, rows, panel, part.sums + j * pitch_of_sums + begin, pitch_of_sums, part.k == 0, next);
         },
         i);
@@ -201,7 +203,8 @@ struct GroupedContraction {
     else
       c.load_from(sums, sums_stride);
     RowWalk<X> walk = next;
-    outer(n, rows, panel, c, [&](Index k) { walk.template step<8>(k); });
+    outer(
+        n, rows, panel, c, [&](Index k) __attribute__((always_inline)) { walk.template step<8>(k); });
     next = walk;
     c.store_to(sums, sums_stride);
   }
@@ -232,11 +235,11 @@ struct GroupedContraction {
       for (Index c = 0; c < n; c += step) {
         const float* from[T];
         for (int m = 0; m < T; ++m) from[m] = rows + entries[m].token * stride + c;
-        unroll<T * 2>([&](auto) { walk.template step<1>(0); });
+        unroll<T * 2>([&](auto) __attribute__((always_inline)) { walk.template step<1>(0); });
         dot(smaller(step, n - c), from, w.row(r) + k + c, w.stride, tile);
       }
       next = walk;
-      tile.each([&](int m, int j, Packet v) {
+      tile.each([&](int m, int j, Packet v) __attribute__((always_inline)) {
         float& to = sums[m * pitch_of_sums + j];
         to = k == 0 ? sum(v) : to + sum(v);
       });
@@ -268,7 +271,9 @@ struct GroupedContraction {
       tile.clear();
     else
       tile.load_from(sums, N * width);
-    const auto token = [&](int m) { return c * selection->chunk() + list.entries[i + m].token; };
+    const auto token = [&](int m) __attribute__((always_inline)) {
+      return c * selection->chunk() + list.entries[i + m].token;
+    };
     if constexpr (M == Major::row) {
       if (x.dropout.on()) {
         const float* from[T];
@@ -283,7 +288,7 @@ struct GroupedContraction {
     if (k + sweep < w.cols)
       tile.store_to(sums, N * width);
     else
-      tile.each([&](int m, int j, Packet v) { out(token(m), r + j) = scale * sum(v); });
+      tile.each([&](int m, int j, Packet v) __attribute__((always_inline)) { out(token(m), r + j) = scale * sum(v); });
   }
 };
 
@@ -361,23 +366,22 @@ struct GroupedSpread {
   /// A tile is added to y, or assigned: `wide` columns from c on, row m of it to token_of(m).
   template <int T, int N, class F>
   [[gnu::always_inline]] void put(const Tile<T, N>& sum, Index c, Index wide, const F& token_of) const {
+    if (wide < N * width) {
+      float block[T * N * width];
+      sum.store_to(block, N * width);
+      for (int m = 0; m < T; ++m) all.part(token_of(m), c, wide, block + m * N * width);
+      return;
+    }
     const auto each = [&](const auto& f) __attribute__((always_inline)) {
-      unroll<T>([&](auto m) {
+      unroll<T>([&](auto m) __attribute__((always_inline)) {
         Y* const out = all.y.row(token_of(m)) + c;
-        unroll<N>([&](auto n) { f(out + n * width, sum.c[m][n], wide - n * width); });
+        unroll<N>([&](auto n) __attribute__((always_inline)) { f(out + n * width, sum.c[m][n]); });
       });
     };
-    if (wide == N * width) {
-      if (all.into == Into::add) return each([](Y* out, Packet v, Index) { store(out, add(load(out), v)); });
-      return each([](Y* out, Packet v, Index) { store(out, v); });
-    }
-    each([this](Y* out, Packet v, Index left) {
-      if (left >= width) {
-        store(out, all.into == Into::add ? add(load(out), v) : v);
-      } else if (left > 0) {
-        store_part(out, all.into == Into::add ? add(load_part(out, left), v) : v, left);
-      }
-    });
+    if (all.into == Into::add)
+      each([](Y * out, Packet v) __attribute__((always_inline)) { store(out, add(load(out), v)); });
+    else
+      each([](Y * out, Packet v) __attribute__((always_inline)) { store(out, v); });
   }
 
   /// Where a panel of weights lies.
@@ -422,13 +426,14 @@ struct GroupedSpread {
   template <int T, int N, bool Consecutive, class Weight>
   [[gnu::flatten, gnu::noinline]] void direct_tile(const Panels& to, const Selection::Entry* entries,
                                                    const Weights<Weight>& weights) const {
-    const auto token = [&](int m) { return to.first_token + entries[m].token; };
+    const auto token = [&](int m) __attribute__((always_inline)) { return to.first_token + entries[m].token; };
     const auto add_product = [&](Tile<T, N> & sum, const auto& factor, Index r, Index ranks, const Weight* w,
                                  Index step) __attribute__((always_inline)) {
       if constexpr (Consecutive) {
         outer(ranks, Rows3<T>(factor.left.row(token(0)) + r, factor.left.stride), Panel<Weight>{w, step}, sum);
       } else {
-        outer(ranks, RowList<T>([&](int m) { return factor.left.row(token(m)) + r; }), Panel<Weight>{w, step}, sum);
+        outer(ranks, RowList<T>([&](int m) __attribute__((always_inline)) { return factor.left.row(token(m)) + r; }),
+              Panel<Weight>{w, step}, sum);
       }
     };
     Tile<T, N> sum;
@@ -442,11 +447,11 @@ struct GroupedSpread {
     const Packet factor = splat(all.scale);
     if (all.dropout.on()) {
       const Packet kept = splat(all.scale * static_cast<float>(all.dropout.kept_scale()));
-      sum.set([&](int i, int j, Packet v) {
+      sum.set([&](int i, int j, Packet v) __attribute__((always_inline)) {
         return keep_lanes(mul(kept, v), to.keep + entries[i].token * to.keep_pitch, j * width);
       });
     } else {
-      sum.set([&](int, int, Packet v) { return mul(factor, v); });
+      sum.set([&](int, int, Packet v) __attribute__((always_inline)) { return mul(factor, v); });
     }
     if (all.second.w.rows != 0) add_product(sum, all.second, 0, all.second.w.rows, weights.second, weights.second_step);
     put(sum, to.c, to.wide, token);
@@ -485,15 +490,20 @@ struct GroupedSpread {
   template <int T, int N, class Weight>
   [[gnu::flatten, gnu::noinline]] void tile(const Place& place, const Selection::Entry* entries, Index r, Index ranks,
                                             const Weight* w, Index step) const {
-    const RowList<T> lefts([&](int m) { return all.first.left.row(place.token(entries[m])) + r; });
+    const RowList<T> lefts([&](int m) __attribute__((always_inline)) {
+      return all.first.left.row(place.token(entries[m])) + r;
+    });
     float* sums[T];
-    unroll<T>([&](auto m) { sums[m] = place.partial + entries[m].token * panel; });
+    unroll<T>([&](auto m) __attribute__((always_inline)) { sums[m] = place.partial + entries[m].token * panel; });
     Tile<T, N> sum;
     sum.clear();
     RowWalk<Y> walk = *place.next;
-    outer(ranks, lefts, Panel<Weight>{w, step}, sum, [&](Index k) { walk.template step<2>(k); });
+    outer(
+        ranks, lefts, Panel<Weight>{w, step},
+        sum, [&](Index k) __attribute__((always_inline)) { walk.template step<2>(k); });
     *place.next = walk;
-    sum.each([&](int m, int j, Packet v) { store(sums[m] + j * width, add(load(sums[m] + j * width), v)); });
+    sum.each([&](int m, int j, Packet v)
+                 __attribute__((always_inline)) { store(sums[m] + j * width, add(load(sums[m] + j * width), v)); });
   }
   /// The second product, behind the first one's scale and dropout.
   template <int T, int N, class Weight>
@@ -503,7 +513,7 @@ struct GroupedSpread {
     Tile<T, N> sum;
     sum.clear();
     outer(all.second.w.rows, Rows3<T>(all.second.left.row(t), all.second.left.stride), Panel<Weight>{w, step}, sum);
-    sum.each([&](int m, int j, Packet v) {
+    sum.each([&](int m, int j, Packet v) __attribute__((always_inline)) {
       float* const to = sums + m * panel + j * width;
       store(to, add(scaled(place.keep + (token + m) * place.keep_pitch, j, load(to)), v));
     });
@@ -522,9 +532,11 @@ struct GroupedSpread {
       Tile<1, packets> sum;
       sum.load_from(place.partial + i * panel, panel);
       if (!side) {
-        sum.set([&](int, int j, Packet v) { return scaled(place.keep + i * place.keep_pitch, j, v); });
+        sum.set([&](int, int j, Packet v)
+                    __attribute__((always_inline)) { return scaled(place.keep + i * place.keep_pitch, j, v); });
       }
-      put(sum, place.c, place.wide, [t](int) { return t; });
+      put(
+          sum, place.c, place.wide, [t](int) __attribute__((always_inline)) { return t; });
     }
   }
 };

@@ -36,20 +36,24 @@ struct Tile {
   // Values go in and out of f, never their addresses: a tile whose address is taken leaves the registers.
   template <class F>
   [[gnu::always_inline]] void each(F&& f) const {
-    unroll<M>([&](auto m) { unroll<N>([&](auto n) { f(m, n, c[m][n]); }); });
+    unroll<M>([&](auto m) __attribute__((always_inline)) {
+      unroll<N>([&](auto n) __attribute__((always_inline)) { f(m, n, c[m][n]); });
+    });
   }
   template <class F>
   [[gnu::always_inline]] void set(F&& f) {
-    unroll<M>([&](auto m) { unroll<N>([&](auto n) { c[m][n] = f(m, n, c[m][n]); }); });
+    unroll<M>([&](auto m) __attribute__((always_inline)) {
+      unroll<N>([&](auto n) __attribute__((always_inline)) { c[m][n] = f(m, n, c[m][n]); });
+    });
   }
   [[gnu::always_inline]] void clear() {
-    set([](int, int, Packet) { return splat(0); });
+    set([](int, int, Packet) __attribute__((always_inline)) { return splat(0); });
   }
   [[gnu::always_inline]] void load_from(const float* p, Index stride) {
-    set([&](int m, int n, Packet) { return load(p + m * stride + n * width); });
+    set([&](int m, int n, Packet) __attribute__((always_inline)) { return load(p + m * stride + n * width); });
   }
   [[gnu::always_inline]] void store_to(float* p, Index stride) const {
-    each([&](int m, int n, Packet v) { store(p + m * stride + n * width, v); });
+    each([&](int m, int n, Packet v) __attribute__((always_inline)) { store(p + m * stride + n * width, v); });
   }
 };
 
@@ -59,7 +63,7 @@ struct Rows3 {
   const float* p[(M + 2) / 3];
   Index stride;
   [[gnu::always_inline]] Rows3(const float* base, Index stride_) : stride(stride_) {
-    unroll<(M + 2) / 3>([&](auto g) { p[g] = base + 3 * g * stride; });
+    unroll<(M + 2) / 3>([&](auto g) __attribute__((always_inline)) { p[g] = base + 3 * g * stride; });
   }
   template <int m>
   [[gnu::always_inline]] float at(Index k) const {
@@ -73,7 +77,7 @@ struct RowList {
   /// f(m): the address of row m.
   template <class F>
   [[gnu::always_inline]] explicit RowList(const F& f) {
-    unroll<M>([&](auto m) { p[m] = f(m); });
+    unroll<M>([&](auto m) __attribute__((always_inline)) { p[m] = f(m); });
   }
   template <int m>
   [[gnu::always_inline]] float at(Index k) const {
@@ -117,10 +121,10 @@ template <int M, int N, class A, class B, class Hint = NoHint>
     hint(k);
     const auto* const row = panel.row(k);
     Packet b[N];
-    unroll<N>([&](auto n) { b[n] = load(row + n * panel.between); });
-    unroll<M>([&](auto m) {
+    unroll<N>([&](auto n) __attribute__((always_inline)) { b[n] = load(row + n * panel.between); });
+    unroll<M>([&](auto m) __attribute__((always_inline)) {
       const Packet v = splat(a.template at<m>(k));
-      unroll<N>([&](auto n) { tile.c[m][n] = fma(v, b[n], tile.c[m][n]); });
+      unroll<N>([&](auto n) __attribute__((always_inline)) { tile.c[m][n] = fma(v, b[n], tile.c[m][n]); });
     });
   }
 }
@@ -131,15 +135,19 @@ template <int M, int N, class X, class W>
                                        Tile<M, N>& tile) {
   const auto step = [&](const auto& from, Index k) __attribute__((always_inline)) {
     Packet a[M];
-    unroll<M>([&](auto m) { a[m] = from(x[m] + k); });
-    unroll<N>([&](auto n) {
+    unroll<M>([&](auto m) __attribute__((always_inline)) { a[m] = from(x[m] + k); });
+    unroll<N>([&](auto n) __attribute__((always_inline)) {
       const Packet b = from(w + n * w_stride + k);
-      unroll<M>([&](auto m) { tile.c[m][n] = fma(a[m], b, tile.c[m][n]); });
+      unroll<M>([&](auto m) __attribute__((always_inline)) { tile.c[m][n] = fma(a[m], b, tile.c[m][n]); });
     });
   };
   Index k = 0;
-  for (; k + width <= depth; k += width) step([](const auto* p) { return load(p); }, k);
-  if (k < depth) step([n = depth - k](const auto* p) { return load_part(p, n); }, k);
+  for (; k + width <= depth; k += width)
+    step(
+        [](const auto* p) __attribute__((always_inline)) { return load(p); }, k);
+  if (k < depth)
+    step(
+        [n = depth - k](const auto* p) __attribute__((always_inline)) { return load_part(p, n); }, k);
 }
 
 /// Asks for rows of x one after the other, two lines at each step, while something else is computed: the prefetcher of the

@@ -58,9 +58,9 @@ template <int N, class F>
 /// Rows become columns.
 [[gnu::always_inline]] inline void transpose(Packet (&rows)[width]) {
   Eigen::internal::PacketBlock<Packet, width> block;
-  unroll<width>([&](auto i) { block.packet[i] = rows[i]; });
+  unroll<width>([&](auto i) __attribute__((always_inline)) { block.packet[i] = rows[i]; });
   Eigen::internal::ptranspose(block);
-  unroll<width>([&](auto i) { rows[i] = block.packet[i]; });
+  unroll<width>([&](auto i) __attribute__((always_inline)) { rows[i] = block.packet[i]; });
 }
 #pragma GCC diagnostic pop
 

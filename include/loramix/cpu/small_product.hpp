@@ -48,7 +48,8 @@ struct FewRows {
       in_steps<rows>(out.rows, [&](auto m, Index j) {
         Index c = begin;
         for (; c + packets * width <= end; c += packets * width) tile<m>(j, c);
-        over_packets(end - c, [&](Index i, const auto& lanes) { packet<m>(j, c + i, lanes); });
+        over_packets(
+            end - c, [&](Index i, const auto& lanes) __attribute__((always_inline)) { packet<m>(j, c + i, lanes); });
       });
     });
   }
@@ -59,18 +60,19 @@ struct FewRows {
     Tile<T, packets> sum;
     sum.clear();
     outer(right.rows, RowsOf<L, M>{left, j}, Panel<R>{right.data + c, right.stride}, sum);
-    sum.each([&](int m, int n, Packet v) { put(out.row(j + m) + c + n * width, v, WholePacket{}); });
+    sum.each([&](int m, int n, Packet v)
+                 __attribute__((always_inline)) { put(out.row(j + m) + c + n * width, v, WholePacket{}); });
   }
   template <int T, class Lanes>
   [[gnu::flatten, gnu::noinline]] void packet(Index j, Index c, const Lanes& lanes) const {
     const RowsOf<L, M> a{left, j};
     Packet sum[T];
-    unroll<T>([&](auto m) { sum[m] = splat(0); });
+    unroll<T>([&](auto m) __attribute__((always_inline)) { sum[m] = splat(0); });
     for (Index k = 0; k < right.rows; ++k) {
       const Packet b = lanes.load(right.row(k) + c);
-      unroll<T>([&](auto m) { sum[m] = fma(splat(a.template at<m>(k)), b, sum[m]); });
+      unroll<T>([&](auto m) __attribute__((always_inline)) { sum[m] = fma(splat(a.template at<m>(k)), b, sum[m]); });
     }
-    unroll<T>([&](auto m) { put(out.row(j + m) + c, sum[m], lanes); });
+    unroll<T>([&](auto m) __attribute__((always_inline)) { put(out.row(j + m) + c, sum[m], lanes); });
   }
   template <class Lanes>
   [[gnu::always_inline]] void put(Out* to, Packet v, const Lanes& lanes) const {
@@ -105,7 +107,8 @@ struct DotsOfRows {
     Tile<M, N> sums;
     sums.clear();
     dot(left.cols, from, right.row(k), right.stride, sums);
-    sums.each([&](int m, int n, Packet v) { loramix::detail::put(out(j + m, k + n), sum(v), into); });
+    sums.each([&](int m, int n, Packet v)
+                  __attribute__((always_inline)) { loramix::detail::put(out(j + m, k + n), sum(v), into); });
   }
 };
 

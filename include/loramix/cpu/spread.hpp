@@ -48,6 +48,17 @@ struct Spread {
   /// All tokens × columns [c0, c0 + columns) of weights in rank-major order, as they lie.
   void run_natural(Index c0, Index columns, float* scratch) const requires(M == Major::row);
 
+  /// Adds a row of n columns to y, or assigns it.
+  [[gnu::noinline]] void part(Index t, Index c, Index n, const float* row) const {
+    if (idle != nullptr && idle[t] != 0) return;
+    Y* const to = y.row(t) + c;
+    over_packets(
+        n, [&](Index j, auto lanes) __attribute__((always_inline)) {
+          const Packet v = load(row + j);
+          lanes.store(to + j, into == Into::add ? add(lanes.load(to + j), v) : v);
+        });
+  }
+
  private:
   static Index mask_pitch(Index columns) { return round_up(columns, 8 * width) / 8; }
   static Index mask_values(Index sweep) { return rows * mask_pitch(sweep) / 4 + width; }
@@ -62,9 +73,10 @@ struct Spread {
     const Packet factor = splat(scale);
     if (dropout.on()) {
       const Packet kept = splat(scale * static_cast<float>(dropout.kept_scale()));
-      sum.set([&](int i, int j, Packet v) { return keep_lanes(mul(kept, v), keep.row(i), j * width); });
+      sum.set([&](int i, int j, Packet v)
+                  __attribute__((always_inline)) { return keep_lanes(mul(kept, v), keep.row(i), j * width); });
     } else {
-      sum.set([&](int, int, Packet v) { return mul(factor, v); });
+      sum.set([&](int, int, Packet v) __attribute__((always_inline)) { return mul(factor, v); });
     }
     if (second.w.rows != 0) {
       outer(second.w.rows, Rows3<T>(second.left.row(t), second.left.stride), Panel<Weight>{w2, step2}, sum);
@@ -81,24 +93,15 @@ struct Spread {
     const Index stride = y.stride;
     const std::uint8_t* const skip = idle == nullptr ? nullptr : idle + t;
     const auto write = [&](const auto& f) __attribute__((always_inline)) {
-      unroll<T>([&](auto i) {
+      unroll<T>([&](auto i) __attribute__((always_inline)) {
         if (skip != nullptr && skip[i] != 0) return;
-        unroll<N>([&](auto j) { f(to + i * stride + j * width, sum.c[i][j]); });
+        unroll<N>([&](auto j) __attribute__((always_inline)) { f(to + i * stride + j * width, sum.c[i][j]); });
       });
     };
     if (into == Into::add)
-      write([](Y* p, Packet v) { store(p, add(load(p), v)); });
+      write([](Y * p, Packet v) __attribute__((always_inline)) { store(p, add(load(p), v)); });
     else
-      write([](Y* p, Packet v) { store(p, v); });
-  }
-  /// Adds a row of n columns to y, or assigns it.
-  [[gnu::noinline]] void part(Index t, Index c, Index n, const float* row) const {
-    if (idle != nullptr && idle[t] != 0) return;
-    Y* const to = y.row(t) + c;
-    over_packets(n, [&](Index j, auto lanes) {
-      const Packet v = load(row + j);
-      lanes.store(to + j, into == Into::add ? add(lanes.load(to + j), v) : v);
-    });
+      write([](Y * p, Packet v) __attribute__((always_inline)) { store(p, v); });
   }
 };
 

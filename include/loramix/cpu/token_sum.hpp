@@ -41,10 +41,14 @@ struct SumPanel {
       const float* const from = x.row(t + i, c0, wide, room);
       Index c = 0;
       for (; c + columns <= wide; c += columns)
-        unroll<packets>([&](auto j) { store(block + c * n + j * width, load(from + c + j * width)); });
+        unroll<packets>([&](auto j) __attribute__((always_inline)) {
+          store(block + c * n + j * width, load(from + c + j * width));
+        });
       if (c == wide) continue;
       for (Index j = 0; j < columns; j += width) store(block + c * n + j, splat(0));
-      over_packets(wide - c, [&](Index j, auto lanes) { lanes.store(block + c * n + j, lanes.load(from + c + j)); });
+      over_packets(
+          wide - c, [&](Index j, auto lanes)
+                        __attribute__((always_inline)) { lanes.store(block + c * n + j, lanes.load(from + c + j)); });
     }
   }
 
@@ -58,7 +62,8 @@ struct SumPanel {
     else
       sum.load_from(sums, columns);
     Next walk = next;
-    outer(n, Columns{left, rows}, x, sum, [&](Index k) { walk.template step<4>(k); });
+    outer(
+        n, Columns{left, rows}, x, sum, [&](Index k) __attribute__((always_inline)) { walk.template step<4>(k); });
     next = walk;
     sum.store_to(sums, columns);
   }
@@ -68,21 +73,26 @@ struct SumPanel {
   static void finish(const float* sums, float scale, Into into, const MatrixView<G>& out) {
     const Packet factor = splat(scale);
     for (Index r = 0; r < out.rows; ++r, sums += columns) {
-      over_packets(out.cols, [&](Index c, auto lanes) { put(load(sums + c), factor, into, out.row(r) + c, lanes); });
+      over_packets(
+          out.cols, [&](Index c, auto lanes)
+                        __attribute__((always_inline)) { put(load(sums + c), factor, into, out.row(r) + c, lanes); });
     }
   }
   template <class G>
   static void finish(const float* sums, float scale, Into into, const MatrixView<G, Space::host, Major::column>& out) {
     const Packet factor = splat(scale);
     for (Index c = 0; c < out.cols; c += width) {
-      over_packets(out.rows, [&](Index r, auto lanes) {
-        Packet block[width];
-        unroll<width>([&](auto i) { block[i] = r + i < out.rows ? load(sums + (r + i) * columns + c) : splat(0); });
-        transpose(block);
-        unroll<width>([&](auto j) {
-          if (c + j < out.cols) put(block[j], factor, into, &out(r, c + j), lanes);
-        });
-      });
+      over_packets(
+          out.rows, [&](Index r, auto lanes) __attribute__((always_inline)) {
+            Packet block[width];
+            unroll<width>([&](auto i) __attribute__((always_inline)) {
+              block[i] = r + i < out.rows ? load(sums + (r + i) * columns + c) : splat(0);
+            });
+            transpose(block);
+            unroll<width>([&](auto j) __attribute__((always_inline)) {
+              if (c + j < out.cols) put(block[j], factor, into, &out(r, c + j), lanes);
+            });
+          });
     }
   }
 
