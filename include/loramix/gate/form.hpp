@@ -122,8 +122,9 @@ struct GateGradient {
 /// The factors of a form, as names for "all but this one".
 enum class Factor { none, id_weight, weight, value, multiplier, rank_scale };
 
-/// The gate of one token: groups resolved once, then asked rank by rank.
-template <class Acc, class Score, Space S>
+/// The gate of one token: groups resolved once, then asked rank by rank. `Held`: so many of its ids are kept in registers, for
+/// those who ask often and have registers to spare.
+template <class Acc, class Score, Space S, int Held = 2>
 class GateRow {
  public:
   LORAMIX_HD GateRow(const GateForm<Score, S>& form, Index t) : form_(form), t_(t) {
@@ -132,8 +133,9 @@ class GateRow {
     subset_row_ = resolve(form.subset.data != nullptr, form.subset_groups, form.subset.rows);
     weight_row_ = resolve(form.weights.data != nullptr, form.weight_groups, form.weights.rows);
     multiplier_row_ = resolve(form.multiplier.data != nullptr, form.multiplier_groups, form.multiplier.size);
+    for (std::int32_t& id : first_) id = -1;
     if (form.ids.data == nullptr || !covered_) return;
-    for (Index k = 0; k < held && k < form.ids.cols; ++k) first_[k] = form.ids(id_row_, k);
+    for (int k = 0; k < Held && k < form.ids.cols; ++k) first_[k] = form.ids(id_row_, k);
   }
 
   /// Whether rank j of expert e lets anything through.
@@ -157,17 +159,17 @@ class GateRow {
 
   /// The place of expert e among the chosen ones, or −1.
   LORAMIX_HD Index slot(Index e) const {
-    for (Index k = 0; k < held; ++k) {
+    for (int k = 0; k < Held; ++k) {
       if (first_[k] == e && k < form_.ids.cols) return k;
     }
-    for (Index k = held; k < form_.ids.cols; ++k) {
+    for (Index k = Held; k < form_.ids.cols; ++k) {
       if (form_.ids(id_row_, k) == e) return k;
     }
     return -1;
   }
   /// The expert in place k, or −1 for none or a bad id: out of range, or in an earlier place already.
   LORAMIX_HD Index expert_at(Index k) const {
-    const Index e = !covered_ ? -1 : k == 0 ? first_[0] : k == 1 ? first_[1] : form_.ids(id_row_, k);
+    const Index e = covered_ ? id(k) : -1;
     if (e == -1) return -1;
     if (e >= 0 && e < form_.experts && slot(e) == k) return e;
     flag(&StatusFlags::bad_expert_id);
@@ -205,11 +207,16 @@ class GateRow {
     if (form_.status != nullptr) form_.status->*which = 1;
   }
 
-  static constexpr Index held = 2;  // ids that every question needs again
+  LORAMIX_HD Index id(Index k) const {
+    for (int i = 0; i < Held; ++i) {  // not first_[k]: an index that is not a constant takes an array out of registers
+      if (i == k) return first_[i];
+    }
+    return form_.ids(id_row_, k);
+  }
 
   const GateForm<Score, S>& form_;
   Index t_;
-  std::int32_t first_[held] = {-1, -1};
+  std::int32_t first_[Held > 0 ? Held : 1];
   Index id_row_ = 0, prefix_row_ = 0, subset_row_ = 0, weight_row_ = 0, multiplier_row_ = 0;
   bool covered_ = true;
 };

@@ -65,7 +65,7 @@ __device__ void fill_rank_row(const RankSource<Score>& source, Index t, int coun
     }
     return;
   }
-  const GateRow<float, Score, Space::device> row(source.gate, t);
+  const GateRow<float, Score, Space::device, 0> row(source.gate, t);
   if (report && !source.gate.computed) {
     for (Index k = 0; k < source.gate.ids.cols; ++k) row.expert_at(k);
   }
