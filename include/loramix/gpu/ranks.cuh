@@ -45,8 +45,9 @@ RankSource<Score> rank_source(MatrixView<const float, Space::device> u, const Ga
   return {u, gate, open, false, ranks, (ranks + tile_step - 1) / tile_step * tile_step, per_expert, {}};
 }
 
-/// Fills out[c] with column at(c), c < count, of token t, zeros where t is negative; by one warp. `report`: flag bad ids.
-template <class Score, class F>
+/// Fills out[c] with column at(c), c < count, of token t, zeros where t is negative; by one warp. `report`: flag bad ids;
+/// `Held`: GateRow's.
+template <int Held = 2, class Score, class F>
 __device__ void fill_rank_row(const RankSource<Score>& source, Index t, int count, float* out, bool report,
                               const F& at) {
   const int lane = static_cast<int>(threadIdx.x) % warp_width;
@@ -65,7 +66,7 @@ __device__ void fill_rank_row(const RankSource<Score>& source, Index t, int coun
     }
     return;
   }
-  const GateRow<float, Score, Space::device, 0> row(source.gate, t);
+  const GateRow<float, Score, Space::device, Held> row(source.gate, t);
   if (report && !source.gate.computed) {
     for (Index k = 0; k < source.gate.ids.cols; ++k) row.expert_at(k);
   }
@@ -84,12 +85,12 @@ __device__ void fill_rank_row(const RankSource<Score>& source, Index t, int coun
 
 /// Fills row i of a tile, rows `pitch` apart, for token token_at(i), i < rows, and zeros up to row `all_rows`; by all warps of a
 /// block.
-template <class Score, class T, class F>
+template <int Held = 2, class Score, class T, class F>
 __device__ void fill_rank_tile(const RankSource<Score>& source, const T& token_at, int rows, int all_rows, int count,
                                float* tile, int pitch, bool report, const F& at) {
   const int warps = static_cast<int>(blockDim.x) / warp_width;
   for (int i = static_cast<int>(threadIdx.x) / warp_width; i < all_rows; i += warps) {
-    fill_rank_row(source, i < rows ? Index{token_at(i)} : Index{-1}, count, tile + i * pitch, report, at);
+    fill_rank_row<Held>(source, i < rows ? Index{token_at(i)} : Index{-1}, count, tile + i * pitch, report, at);
   }
 }
 

@@ -216,7 +216,7 @@ class TokenSumBlock {
   /// Ranks and side rows of 64 tokens, the i-th tile's.
   __device__ void fill(int i) const {
     const int token = i * tile_rows, rows = min(count - token, tile_rows), first = first_tile * 16;
-    fill_rank_tile(
+    fill_rank_tile<0>(  // registers are short here: no ids in them
         task.ranks, [&](int row) { return token_at(token + row); }, rows, (rows + 15) / 16 * 16, all.rows * 16,
         ranks + i % 2 * tile_floats, pitch, !sparse && blockIdx.x == 0 && blockIdx.y == 0,
         [first](int c) { return first + c; });
