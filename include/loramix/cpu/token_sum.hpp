@@ -52,10 +52,18 @@ struct SumPanel {
     }
   }
 
+  /// Where a tile leaves the registers for the gradient; nowhere: it stays in the sums.
+  struct Leave {
+    float* out = nullptr;
+    Index stride = 0;
+    float scale = 1;
+    Into into = Into::add;
+  };
+
   /// sums [R, N packets] (+)= Σ_k left[k, i] · x(k), `left` and `sums` as they lie in blocks; `next`: rows to come.
   template <int R, int N, class B, class Next>
   [[gnu::flatten, gnu::noinline]] static void tile(bool first, Index n, const float* left, const B x, float* sums,
-                                                   Next& next) {
+                                                   Next& next, const Leave& leave = {}) {
     Tile<R, N> sum;
     if (first)
       sum.clear();
@@ -65,7 +73,13 @@ struct SumPanel {
     outer(
         n, Columns{left, rows}, x, sum, [&](Index k) __attribute__((always_inline)) { walk.template step<4>(k); });
     next = walk;
-    sum.store_to(sums, columns);
+    if (leave.out == nullptr) return sum.store_to(sums, columns);
+    const Packet factor = splat(leave.scale);
+    float* const to = leave.out;
+    const Index stride = leave.stride;
+    const Into into = leave.into;
+    sum.each([&](int i, int j, Packet v)
+                 __attribute__((always_inline)) { put(v, factor, into, to + i * stride + j * width, WholePacket{}); });
   }
 
   /// out (+)= scale · sums, for [ranks, wide] of one panel.
@@ -158,6 +172,18 @@ struct TokenSum {
       if (here < ranks) std::copy_n(second_left.row(t + i) + (r + here - out.rows), ranks - here, to + here);
     }
   }
+  /// Whether a panel's tiles go from registers into the gradient: no tile is in both of them, none is cut.
+  bool whole_tiles_leave(Index wide) const {
+    if (M != Major::row || !std::is_same_v<G, float>) return false;
+    return wide == panel && (second.rows == 0 || out.rows % rows == 0);
+  }
+  SumPanel::Leave leave(Index r, Index c) const {
+    if constexpr (M == Major::row && std::is_same_v<G, float>) {
+      const bool here = r < out.rows;
+      return {here ? &out(r, c) : &second(r - out.rows, c), here ? out.stride : second.stride, scale, into};
+    }
+    return {};
+  }
   /// Sums of ranks [r0, r0 + ranks) in one panel's columns.
   void finish(Index r0, Index ranks, Index c, Index wide, const float* sums) const {
     const Index first = smaller(ranks, larger(0, out.rows - r0));
@@ -188,14 +214,16 @@ void TokenSum<X, G, M>::run(Index r0, Index ranks, Index c0, Index columns, floa
       if constexpr (std::is_same_v<X, float>) {
         if (c < copied && n > 0) from = {x.rows.row(t) + c0 + c, x.rows.stride};
       }
+      const Index wide = smaller(panel, columns - c);
+      const bool last = t + n >= tokens, leaves = last && whole_tiles_leave(wide);
       in_steps<rows>(ranks, [&](auto m, Index r) {
         SumPanel::tile<m, SumPanel::packets>(t == 0, n, lefts + r / rows * rows * n + r % rows, from,
-                                             sums + c / panel * of_panel + r * panel, next);
+                                             sums + c / panel * of_panel + r * panel, next,
+                                             leaves ? leave(r0 + r, c0 + c) : SumPanel::Leave{});
       });
+      if (last && !leaves) finish(r0, ranks, c0 + c, wide, sums + c / panel * of_panel);
     }
   }
-  for (Index c = 0; c < columns; c += panel)
-    finish(r0, ranks, c0 + c, smaller(panel, columns - c), sums + c / panel * of_panel);
 }
 
 }  // namespace detail
