@@ -23,6 +23,14 @@ struct NoRows {
   [[gnu::always_inline]] void step(Index) {}
 };
 
+/// Where a tile leaves the registers for the gradient; nowhere: it stays in the sums.
+struct GradientTile {
+  float* out = nullptr;
+  Index stride = 0;
+  float scale = 1;
+  Into into = Into::add;
+};
+
 /// Where sums over tokens are added up, and what they are made of: panels of columns.
 struct SumPanel {
   static constexpr int packets = RegisterTile::sum_packets;
@@ -52,18 +60,10 @@ struct SumPanel {
     }
   }
 
-  /// Where a tile leaves the registers for the gradient; nowhere: it stays in the sums.
-  struct Leave {
-    float* out = nullptr;
-    Index stride = 0;
-    float scale = 1;
-    Into into = Into::add;
-  };
-
   /// sums [R, N packets] (+)= Σ_k left[k, i] · x(k), `left` and `sums` as they lie in blocks; `next`: rows to come.
   template <int R, int N, class B, class Next>
   [[gnu::flatten, gnu::noinline]] static void tile(bool first, Index n, const float* left, const B x, float* sums,
-                                                   Next& next, const Leave& leave = {}) {
+                                                   Next& next, const GradientTile& leave = {}) {
     Tile<R, N> sum;
     if (first)
       sum.clear();
@@ -177,7 +177,7 @@ struct TokenSum {
     if (M != Major::row || !std::is_same_v<G, float>) return false;
     return wide == panel && (second.rows == 0 || out.rows % rows == 0);
   }
-  SumPanel::Leave leave(Index r, Index c) const {
+  GradientTile leave(Index r, Index c) const {
     if constexpr (M == Major::row && std::is_same_v<G, float>) {
       const bool here = r < out.rows;
       return {here ? &out(r, c) : &second(r - out.rows, c), here ? out.stride : second.stride, scale, into};
@@ -219,7 +219,7 @@ void TokenSum<X, G, M>::run(Index r0, Index ranks, Index c0, Index columns, floa
       in_steps<rows>(ranks, [&](auto m, Index r) {
         SumPanel::tile<m, SumPanel::packets>(t == 0, n, lefts + r / rows * rows * n + r % rows, from,
                                              sums + c / panel * of_panel + r * panel, next,
-                                             leaves ? leave(r0 + r, c0 + c) : SumPanel::Leave{});
+                                             leaves ? leave(r0 + r, c0 + c) : GradientTile{});
       });
       if (last && !leaves) finish(r0, ranks, c0 + c, wide, sums + c / panel * of_panel);
     }
