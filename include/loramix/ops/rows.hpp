@@ -26,8 +26,8 @@ struct Rows {
 };
 
 /// A row body that reads rows of the op before it from wherever they are: body(team, t, rows), rows empty: where they always are.
-template <class Body, class Tm, class Rows_>
-concept ReadsBefore = requires(const Body& body, const Tm& team, const Rows_& before) {
+template <class Body, class Tm, class Before>
+concept ReadsBefore = requires(const Body& body, const Tm& team, const Before& before) {
   body(team, Index{0}, before);
 };
 
