@@ -10,6 +10,7 @@
 /// Determinism: groups ascend, tokens ascend inside a group.
 /// Example:     cpu/grouped.hpp
 #pragma once
+#include <algorithm>
 #include <loramix/core/arena.hpp>
 #include <loramix/cpu/gate_rows.hpp>
 #include <loramix/cpu/packet.hpp>
@@ -138,7 +139,7 @@ class Selection {
   void sort(Index c) const {
     const Index groups = this->groups() + 1;
     std::int32_t* const begin = begin_.row(c);
-    for (Index g = 0; g <= groups; ++g) begin[g] = 0;
+    std::fill_n(begin, groups + 1, 0);
     for (Index i = 0; i < tokens(c); ++i) each_group(c * chunk() + i, [&](Index g) { ++begin[g + 1]; });
     for (Index g = 0; g < groups; ++g) begin[g + 1] += begin[g];
     for (Index i = 0; i < tokens(c); ++i) {
