@@ -4,8 +4,12 @@
 Seconds and code are above those of a unit that only includes the ops and the backend. The rule behind it: micro-kernels
 are instantiated per scalar and register tile, never per gate: a unit that trains six adapters must hold exactly as many as
 one that trains LoRA.
+
+  instantiation_cost.py          the units that the rule is about
+  instantiation_cost.py --all    and those of one op and scalar
 """
 
+import concurrent.futures
 import os
 import pathlib
 import re
@@ -56,47 +60,53 @@ def steps(*adapters):
 
 
 ONE, MANY = "LoRA<float>, a training step", "LoRA<float> and five mixtures"
-UNITS = {
+RULE = {ONE: steps("Lora"), MANY: steps(*ADAPTERS)}
+PARTS = {
     "forward, float": FORWARD.format("float"),
     "forward and backward, float": BACKWARD.format("float"),
     "forward and backward, bfloat16": BACKWARD.format("lm::bfloat16"),
     "forward and backward, half": BACKWARD.format("lm::half"),
     "float, bfloat16 and half": "".join(BACKWARD.format(t) for t in ("float", "lm::bfloat16", "lm::half")),
     "forward and backward, double (composed)": BACKWARD.format("double"),
-    ONE: steps("Lora"),
-    MANY: steps(*ADAPTERS),
 }
 KERNEL = re.compile(r" [tTwW] .*\b(?:tile|side_tile|dots)<")
 # Products of parameters alone (cpu/small_product.hpp): they belong to the adapters that have such, and meet no gate.
 SMALL = re.compile(r"\bFewRows<")
 
 
-def compile_unit(text, folder):
+def compile_unit(text):
     """(CPU seconds, bytes of code, micro-kernels)"""
-    source, made = pathlib.Path(folder) / "unit.cpp", pathlib.Path(folder) / "unit.o"
-    source.write_text(PRELUDE + text)
-    command = [os.environ.get("CXX", "g++"), "-std=c++20", "-O2", "-march=native", f"-I{INCLUDE.parent}", "-isystem",
-               "/usr/include/eigen3", "-c", "-o", str(made), str(source)]
-    before = os.times()
-    done = subprocess.run(command, capture_output=True, text=True)
-    after = os.times()
-    if done.returncode != 0:
-        raise RuntimeError(done.stderr)
-    seconds = after.children_user - before.children_user + after.children_system - before.children_system
+    with tempfile.TemporaryDirectory() as folder:
+        source, made = pathlib.Path(folder) / "unit.cpp", pathlib.Path(folder) / "unit.o"
+        source.write_text(PRELUDE + text)
+        command = [os.environ.get("CXX", "g++"), "-std=c++20", "-O2", "-march=native", f"-I{INCLUDE.parent}", "-isystem",
+                   "/usr/include/eigen3", "-c", "-o", str(made), str(source)]
+        with open(made.with_suffix(".log"), "w+") as log:
+            compiler = subprocess.Popen(command, stdout=log, stderr=log)
+            _, status, used = os.wait4(compiler.pid, 0)  # what this compiler used: another is at work beside it
+            compiler.returncode = os.waitstatus_to_exitcode(status)
+            if compiler.returncode != 0:
+                log.seek(0)
+                raise RuntimeError(log.read())
+        return used.ru_utime + used.ru_stime, *measured(made)
+
+
+def measured(made):
     code = int(subprocess.run(["size", str(made)], capture_output=True, text=True, check=True).stdout.splitlines()[1].split()[0])
     symbols = subprocess.run(["nm", "-C", str(made)], capture_output=True, text=True, check=True).stdout.splitlines()
-    return seconds, code, sum(1 for s in symbols if KERNEL.search(s) and not SMALL.search(s) and "[clone .cold]" not in s)
+    return code, sum(1 for s in symbols if KERNEL.search(s) and not SMALL.search(s) and "[clone .cold]" not in s)
 
 
 def main():
     kernels = {}
     print(f"{'unit':42} {'CPU s':>6} {'code KB':>8} {'micro-kernels':>14}   (above a unit that only includes)")
-    with tempfile.TemporaryDirectory() as folder:
-        empty = compile_unit("", folder)
-        print(f"{'includes only':42} {empty[0]:6.1f} {empty[1] / 1024:8.0f} {empty[2]:14}")
-        for name, text in UNITS.items():
-            seconds, code, kernels[name] = compile_unit(text, folder)
+    units = {"includes only": "", **(PARTS if "--all" in sys.argv[1:] else {}), **RULE}
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        empty = (0, 0, 0)
+        for name, (seconds, code, kernels[name]) in zip(units, pool.map(compile_unit, units.values())):
             print(f"{name:42} {seconds - empty[0]:6.1f} {(code - empty[1]) / 1024:8.0f} {kernels[name]:14}", flush=True)
+            if name == "includes only":
+                empty = seconds, code, 0
     problems = []
     one, many = kernels[ONE], kernels[MANY]
     if one == 0:

@@ -19,6 +19,7 @@
   KERNELS_OF(X, W, loramix::Major::column)
 
 ALL_KERNELS_OF(float, float)
+ALL_KERNELS_OF(float, loramix::bfloat16)
 ALL_KERNELS_OF(loramix::bfloat16, loramix::bfloat16)
 ALL_KERNELS_OF(loramix::bfloat16, float)
 ALL_KERNELS_OF(loramix::half, loramix::half)

@@ -118,8 +118,10 @@ void run_spread(const Backend<E>& be, const Spread<Y, W, M>& spread, MatrixView<
     if (class_of(be.tuning, tokens) != TokenClass::many) {
       const bool wake = tokens > few_tokens || spread.ranks() * columns * Index{sizeof(W)} > be.tuning.serial_bytes;
       const Cut cut(columns, wake ? be.lanes() : 1, columns, spread.panel);
-      be.run(cut.jobs,
-             [&](Index i, Index lane) { spread.run_natural(cut.begin(i), cut.count(i, columns), scratch.row(lane)); });
+      const bool far = spread.ranks() * columns > be.tuning.weights;
+      be.run(cut.jobs, [&](Index i, Index lane) {
+        spread.run_natural(cut.begin(i), cut.count(i, columns), far, scratch.row(lane));
+      });
       return;
     }
   }

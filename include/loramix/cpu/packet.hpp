@@ -62,6 +62,9 @@ template <int N, class F>
   Eigen::internal::ptranspose(block);
   unroll<width>([&](auto i) __attribute__((always_inline)) { rows[i] = block.packet[i]; });
 }
+/// Whether the machine can load and store some lanes of floats only.
+inline constexpr bool has_masks = Eigen::internal::unpacket_traits<Packet>::masked_load_available != 0 &&
+                                  Eigen::internal::unpacket_traits<Packet>::masked_store_available != 0;
 #pragma GCC diagnostic pop
 
 [[gnu::always_inline]] inline Packet from_bits(Bits32 v) { return loramix::detail::bit_cast<Packet>(v); }
@@ -107,18 +110,29 @@ template <int N, class F>
 /// Asks for the line of p; any address is legal.
 [[gnu::always_inline]] inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
-/// The first n lanes; zeros in the others.
+[[gnu::always_inline]] inline auto first_lanes(Index n) {
+  return static_cast<std::conditional_t<width == 16, std::uint16_t, std::uint8_t>>((1u << n) - 1u);
+}
+/// The first n < width lanes; zeros in the others.
 template <class T>
 inline Packet load_part(const T* p, Index n) {
-  T lanes[width] = {};
-  for (Index i = 0; i < n; ++i) lanes[i] = p[i];
-  return load(lanes);
+  if constexpr (std::is_same_v<T, float> && has_masks) {
+    return Eigen::internal::ploadu<Packet>(p, first_lanes(n));
+  } else {
+    T lanes[width] = {};
+    for (Index i = 0; i < n; ++i) lanes[i] = p[i];
+    return load(lanes);
+  }
 }
 template <class T>
 inline void store_part(T* p, Packet v, Index n) {
-  T lanes[width];
-  store(lanes, v);
-  for (Index i = 0; i < n; ++i) p[i] = lanes[i];
+  if constexpr (std::is_same_v<T, float> && has_masks) {
+    Eigen::internal::pstoreu(p, v, first_lanes(n));
+  } else {
+    T lanes[width];
+    store(lanes, v);
+    for (Index i = 0; i < n; ++i) p[i] = lanes[i];
+  }
 }
 
 /// f(c, lanes) for c = 0, width, …: lanes.load and lanes.store touch the columns below n.

@@ -45,8 +45,8 @@ struct Spread {
   /// Tokens [t0, t0 + n) × columns [c0, c0 + columns), at most one sweep.
   void run_packed(Index t0, Index n, Index c0, Index columns, float* scratch) const;
 
-  /// All tokens × columns [c0, c0 + columns) of weights in rank-major order, as they lie.
-  void run_natural(Index c0, Index columns, float* scratch) const requires(M == Major::row);
+  /// All tokens × columns [c0, c0 + columns) of weights in rank-major order, as they lie; `far`: not in L2.
+  void run_natural(Index c0, Index columns, bool far, float* scratch) const requires(M == Major::row);
 
   /// Adds a row of n columns to y, or assigns it.
   [[gnu::noinline]] void part(Index t, Index c, Index n, const float* row) const {
@@ -64,12 +64,17 @@ struct Spread {
   static Index mask_values(Index sweep) { return rows * mask_pitch(sweep) / 4 + width; }
   static const W* at(MatrixView<const W, Space::host, M> w, Index c) { return w.rows == 0 ? nullptr : &w(0, c); }
 
-  template <int T, int N, class Weight>
+  /// `Ask`: for the weights of the next panel.
+  template <int T, int N, bool Ask = false, class Weight>
   [[gnu::flatten, gnu::noinline]] void tile(Index t, Index c, Index n, const Weight* w1, Index step1, const Weight* w2,
                                             Index step2, MatrixView<const std::uint8_t> keep) const {
     Tile<T, N> sum;
     sum.clear();
-    outer(first.w.rows, Rows3<T>(first.left.row(t), first.left.stride), Panel<Weight>{w1, step1}, sum);
+    const auto ask = [&](Index r) __attribute__((always_inline)) {
+      if constexpr (Ask)
+        unroll<N>([&](auto j) __attribute__((always_inline)) { prefetch(w1 + r * step1 + panel + j * width); });
+    };
+    outer(first.w.rows, Rows3<T>(first.left.row(t), first.left.stride), Panel<Weight>{w1, step1}, sum, ask);
     const Packet factor = splat(scale);
     if (dropout.on()) {
       const Packet kept = splat(scale * static_cast<float>(dropout.kept_scale()));
@@ -125,7 +130,7 @@ void Spread<Y, W, M>::run_packed(Index t0, Index n, Index c0, Index columns, flo
 }
 
 template <class Y, class W, Major M>
-void Spread<Y, W, M>::run_natural(Index c0, Index columns, float* scratch) const requires(M == Major::row) {
+void Spread<Y, W, M>::run_natural(Index c0, Index columns, bool far, float* scratch) const requires(M == Major::row) {
   std::uint8_t* const keep = reinterpret_cast<std::uint8_t*>(scratch);
   const Index tokens = y.rows;
   for (Index c = 0; c < columns; c += panel) {
@@ -138,8 +143,14 @@ void Spread<Y, W, M>::run_natural(Index c0, Index columns, float* scratch) const
       if (dropout.on()) {
         for (Index j = 0; j < m; ++j) keep_bits(dropout, t + j, c0 + c, n, keep + j * mask_pitch(panel));
       }
-      tile<m, packets>(t, c0 + c, n, at(first.w, c0 + c), first.w.stride, at(second.w, c0 + c), second.w.stride,
-                       {keep, rows, panel / 8, mask_pitch(panel)});
+      const auto run = [&](auto ask) {
+        tile<m, packets, ask>(t, c0 + c, n, at(first.w, c0 + c), first.w.stride, at(second.w, c0 + c), second.w.stride,
+                              {keep, rows, panel / 8, mask_pitch(panel)});
+      };
+      if (far && t == 0 && c + panel < columns)
+        run(std::true_type{});
+      else
+        run(std::false_type{});
     });
   }
 }

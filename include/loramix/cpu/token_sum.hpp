@@ -65,6 +65,11 @@ struct SumPanel {
   [[gnu::flatten, gnu::noinline]] static void tile(bool first, Index n, const float* left, const B x, float* sums,
                                                    Next& next, const GradientTile& leave = {}) {
     Tile<R, N> sum;
+    // The gradient is not in L2 where it is larger: its lines come while sums are added up.
+    if (leave.out != nullptr)
+      unroll<R>([&](auto i) __attribute__((always_inline)) {
+        unroll<N>([&](auto j) __attribute__((always_inline)) { prefetch(leave.out + i * leave.stride + j * width); });
+      });
     if (first)
       sum.clear();
     else
