@@ -37,7 +37,7 @@ struct Backend {
   cublasHandle_t cublas = nullptr;
   StatusFlags* status = nullptr;  // device memory, or null: bad data contributes nothing and is not reported
   Index blas_bytes = Index{4} << 20;
-  unsigned* tickets = nullptr;  // gpu/tickets.cuh, of this stream; null: sums that blocks share take a launch more
+  unsigned* tickets = nullptr;  // gpu/tickets.cuh, of this stream; null: what blocks share takes launches more
   Tuning tuning{};              // gpu/tuning.cuh
 };
 

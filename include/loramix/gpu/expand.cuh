@@ -375,7 +375,7 @@ class ExpandBlock {
   }
   __device__ Y added(Y before, float sum) const {
     const float v = task.scale * sum;
-    return narrow<Y>(task.into == Into::add ? widen<float>(before) + v : v);
+    return as<Y>(task.into == Into::add ? as_float(before) + v : v);
   }
 
   const Task& task;

@@ -5,6 +5,9 @@
 ///   ExpandBackward  shrink_kernel on dY, whose last block of a tile goes on with the gate's backward; token_sum_kernel for dB
 ///   ShrinkBackward  token_sum_kernel for dA and dside; expand_kernel for dX
 ///
+/// ShrinkLaunch, ExpandLaunch and TokenSumLaunch own the launches: where many units use the same scalars, `extern template` them
+/// and compile the kernels in one (tests/support/gpu_kernels.cuh).
+///
 /// Computes:    what the ops say, for float, bfloat16 and half in any mix, accumulation, scores and gradients in float; every gate,
 ///              rank and size.
 /// Errors:      launches that CUDA refuses (ErrorCode::device). Bad ids and groups: as in the composed path.
@@ -140,21 +143,42 @@ ShrinkTask<X, W> shrink_task(const Backend& be, const ShrinkPlan& plan, Source<X
   return task;
 }
 
-/// What the last block of a tile does, as a launch of its own: where there are no tickets.
-template <class X, class W, class Body>
-__global__ void __launch_bounds__(256)
-    shrink_finish_kernel(const __grid_constant__ ShrinkTask<X, W> task, const __grid_constant__ Body body) {
+/// What the last block of a tile adds up, as a launch of its own: where there are no tickets.
+template <class X, class W>
+__global__ void __launch_bounds__(256, 1) shrink_finish_kernel(const __grid_constant__ ShrinkTask<X, W> task) {
   const Index token = Index{blockIdx.x} * tile_rows, left = task.x.rows - token;
-  const int rows = left < tile_rows ? static_cast<int>(left) : tile_rows;
-  if (task.splits > 1) add_partial_sums(task, token, rows);
-  __syncthreads();
-  each_row(body, token, rows);
+  add_partial_sums(task, token, left < tile_rows ? static_cast<int>(left) : tile_rows);
+}
+template <class X, class W>
+struct ShrinkFinishLaunch {
+  static void run(const Backend& be, const ShrinkPlan& plan, const ShrinkTask<X, W>& task);
+};
+template <class X, class W>
+void ShrinkFinishLaunch<X, W>::run(const Backend& be, const ShrinkPlan& plan, const ShrinkTask<X, W>& task) {
+  launch(be, "shrink_finish_kernel", &shrink_finish_kernel<X, W>, dim3(as_grid(plan.tiles)), 256, 0, task);
 }
 
-/// `passing`: nobody but `body` reads u.
+/// Row bodies as launches of their own, one for each part: those of the composed path.
+inline void launch_bodies(const Backend&, Index, const NoRows&) {}
+template <class Body>
+void launch_bodies(const Backend& be, Index rows, const Body& body) {
+  launch_rows<WarpTeam, warps_per_block>(be, rows, body);
+}
+template <class First, class Second>
+void launch_bodies(const Backend& be, Index rows, const InTurn<First, Second>& bodies) {
+  launch_bodies(be, rows, bodies.first);
+  launch_bodies(be, rows, bodies.second);
+}
+
 template <class Math, bool k_major, class Body>
-void launch_shrink(const Backend& be, const ShrinkPlan& plan,
-                   ShrinkTask<typename Math::Left, typename Math::Right> task, const Body& body, bool passing = false) {
+struct ShrinkLaunch {
+  using Task = ShrinkTask<typename Math::Left, typename Math::Right>;
+  /// `passing`: nobody but `body` reads u.
+  static void run(const Backend& be, const ShrinkPlan& plan, Task task, const Body& body, bool passing);
+};
+template <class Math, bool k_major, class Body>
+void ShrinkLaunch<Math, k_major, Body>::run(const Backend& be, const ShrinkPlan& plan, Task task, const Body& body,
+                                            bool passing) {
   using Block = ShrinkBlock<Math, k_major>;
   const bool copy_of_x = task.dropout.on() && task.columns > task.padded;
   task.near = ReadsBefore<Body, WarpTeam, NearRows> && plan.groups == 1 && task.ranks != 0 && !task.sparse &&
@@ -165,11 +189,15 @@ void launch_shrink(const Backend& be, const ShrinkPlan& plan,
            dim3(as_grid(plan.tiles), as_grid(plan.groups), as_grid(plan.splits)), ShrinkWarps(plan.group).threads(),
            Block::shared_bytes(plan.group, copy_of_x), task, body);
   }
-  const bool left_over = plan.splits > 1 || !std::is_same_v<Body, NoRows>;
-  if (plan.groups == 0 || (plan.shared() && task.tickets == nullptr && left_over)) {
-    launch(be, "shrink_finish_kernel", &shrink_finish_kernel<typename Math::Left, typename Math::Right, Body>,
-           dim3(as_grid(plan.tiles)), 256, 0, task, body);
-  }
+  const bool left_over = plan.groups == 0 || (plan.shared() && task.tickets == nullptr);
+  if (left_over && plan.splits > 1) ShrinkFinishLaunch<typename Math::Left, typename Math::Right>::run(be, plan, task);
+  if (left_over) launch_bodies(be, task.x.rows, body);
+}
+
+template <class Math, bool k_major, class Body>
+void launch_shrink(const Backend& be, const ShrinkPlan& plan,
+                   const ShrinkTask<typename Math::Left, typename Math::Right>& task, const Body& body, bool passing) {
+  ShrinkLaunch<Math, k_major, Body>::run(be, plan, task, body, passing);
 }
 
 template <class X, class W, class Acc, class Score>
@@ -211,9 +239,19 @@ void execute(const Backend& be, const Shrink<X, W, Acc, Score, Space::device>& o
 
 // ---- expand ----------------------------------------------------------------------------------------------------------
 
+template <class Math, class Y, bool by_column>
+struct ExpandLaunch {
+  using Task = ExpandTask<Y, typename Math::Right>;
+  static void run(const Backend& be, const Task& task);
+
+ private:
+  template <bool sparse>
+  static bool try_kernel(const Backend& be, Task task);
+};
 /// Tokens of y, and how many columns a block takes; false, and nothing is launched, where a block has no room.
-template <class Math, class Y, bool by_column, bool sparse>
-bool launch_expand_kernel(const Backend& be, ExpandTask<Y, typename Math::Right> task) {
+template <class Math, class Y, bool by_column>
+template <bool sparse>
+bool ExpandLaunch<Math, Y, by_column>::try_kernel(const Backend& be, Task task) {
   using Block = ExpandBlock<Math, Y, by_column, sparse>;
   constexpr int warps = strip_warps<Math, sparse>;
   const Tuning& tuning = be.tuning;
@@ -240,11 +278,11 @@ bool launch_expand_kernel(const Backend& be, ExpandTask<Y, typename Math::Right>
   return true;
 }
 template <class Math, class Y, bool by_column>
-void launch_expand(const Backend& be, const ExpandTask<Y, typename Math::Right>& task) {
+void ExpandLaunch<Math, Y, by_column>::run(const Backend& be, const Task& task) {
   if (task.y.rows == 0 || task.y.cols == 0) return;
   if (task.ranks.steps() == 0 && task.into == Into::add) return;
-  if (task.ranks.sparse && launch_expand_kernel<Math, Y, by_column, true>(be, task)) return;
-  launch_expand_kernel<Math, Y, by_column, false>(be, task);
+  if (task.ranks.sparse && try_kernel<true>(be, task)) return;
+  try_kernel<false>(be, task);
 }
 
 template <class Acc, class W, class Y, class Score, Major M>
@@ -261,7 +299,7 @@ void execute(const Backend& be, const Expand<Acc, W, Y, Score, Space::device, M>
     task.scale = op.scale;
     task.y = op.y;
     task.into = op.into;
-    launch_expand<decltype(math), Y, M == Major::row>(be, task);
+    ExpandLaunch<decltype(math), Y, M == Major::row>::run(be, task);
   });
 }
 
@@ -309,31 +347,42 @@ __global__ void __launch_bounds__(256)
   add_chunks(task, static_cast<int>(blockIdx.y) * 16, 16, Index{blockIdx.x} * cols, cols);
 }
 
-template <class Math, class G, bool sparse>
-void launch_token_sum_kernel(const Backend& be, const TokenSumPlan& plan,
-                             const TokenSumTask<typename Math::Left, G>& task) {
+template <class Math, class G>
+struct TokenSumLaunch {
+  using Task = TokenSumTask<typename Math::Left, G>;
+  static void run(const Backend& be, const TokenSumPlan& plan, Task task);
+
+ private:
+  template <bool sparse>
+  static void launch_kernel(const Backend& be, const TokenSumPlan& plan, const Task& task);
+};
+template <class Math, class G>
+template <bool sparse>
+void TokenSumLaunch<Math, G>::launch_kernel(const Backend& be, const TokenSumPlan& plan, const Task& task) {
   const bool copy_of_x = task.dropout.on() && task.ranks.h.cols != 0;
   launch(be, "token_sum_kernel", &token_sum_kernel<Math, G, sparse>,
          dim3(as_grid(plan.blocks), as_grid(ceil_div(task.row_tiles(), 4)), static_cast<unsigned>(plan.chunks)),
          32 * plan.warps, TokenSumBlock<Math, G, sparse>::shared_bytes(plan.warps, copy_of_x), task);
 }
-
 template <class Math, class G>
-void launch_token_sum(const Backend& be, const TokenSumPlan& plan, TokenSumTask<typename Math::Left, G> task) {
-  using X = typename Math::Left;
+void TokenSumLaunch<Math, G>::run(const Backend& be, const TokenSumPlan& plan, Task task) {
   task.chunk = plan.chunk;
   task.chunks = plan.chunks;
   task.tickets = plan.blocks * ceil_div(task.row_tiles(), 4) <= ticket_count ? be.tickets : nullptr;
   if (task.ranks.sparse) {
-    launch_token_sum_kernel<Math, G, true>(be, plan, task);
+    launch_kernel<true>(be, plan, task);
   } else {
-    launch_token_sum_kernel<Math, G, false>(be, plan, task);
+    launch_kernel<false>(be, plan, task);
   }
   if (plan.chunks > 1 && task.tickets == nullptr) {
     constexpr int cols = 512;
-    launch(be, "token_sum_finish_kernel", &token_sum_finish_kernel<X, G>,
+    launch(be, "token_sum_finish_kernel", &token_sum_finish_kernel<typename Math::Left, G>,
            dim3(as_grid(ceil_div(task.x.cols, cols)), as_grid(task.row_tiles())), 256, 0, task, cols);
   }
+}
+template <class Math, class G>
+void launch_token_sum(const Backend& be, const TokenSumPlan& plan, const TokenSumTask<typename Math::Left, G>& task) {
+  TokenSumLaunch<Math, G>::run(be, plan, task);
 }
 
 /// out (+)= leftᵀ right for left [T, m], right [T, n].
@@ -422,10 +471,12 @@ void execute(const Backend& be, const ExpandBackward<Acc, W, Y, Score, G, Space:
     using Body = loramix::detail::ApplyGateBackward<float, Score, Space::device>;
     const Body body{op.u, scratch.dut, gate, op.du, scratch.by_token, op.dgate.values, op.gate_values};
     const bool follows = final_by_token(gate, op.dgate, scratch.by_token);
-    if (alone || !follows) {
+    if constexpr (alone) {
       launch_shrink<Math, M == Major::column>(be, plan, task, body, true);
-    } else {
+    } else if (follows) {
       launch_shrink<Math, M == Major::column>(be, plan, task, InTurn{body, then}, true);
+    } else {
+      launch_shrink<Math, M == Major::column>(be, plan, task, body, true);
     }
 
     if (op.dB.data != nullptr) {
@@ -506,7 +557,7 @@ void execute(const Backend& be, const ShrinkBackward<X, W, Acc, Score, G, Space:
     task.kept = kept;
     task.y = op.dx;
     task.into = op.input;
-    launch_expand<decltype(math), X, false>(be, task);
+    ExpandLaunch<decltype(math), X, false>::run(be, task);
   });
 }
 

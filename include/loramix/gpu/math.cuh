@@ -30,14 +30,14 @@ namespace detail {
 template <class E>
 struct LeftTile {
   SharedTile<E> tile;  // [m, k]
-  __device__ float operator()(int m, int k) const { return widen<float>(tile(m, k)); }
+  __device__ float operator()(int m, int k) const { return as_float(tile(m, k)); }
 };
 /// The same for a list of rows: row m of the product is row rows[m] of the tile.
 template <class E>
 struct LeftRows {
   SharedTile<E> tile;
   const unsigned char* rows;  // in shared memory
-  __device__ float operator()(int m, int k) const { return widen<float>(tile(rows[m], k)); }
+  __device__ float operator()(int m, int k) const { return as_float(tile(rows[m], k)); }
 };
 struct LeftRanks {
   const float* data;  // [m, k], rows `pitch` apart
@@ -52,13 +52,13 @@ struct LeftTokens {
 template <class E>
 struct RightRows {
   SharedTile<E> tile;  // [n, k]
-  __device__ float operator()(int k, int n) const { return widen<float>(tile(n, k)); }
+  __device__ float operator()(int k, int n) const { return as_float(tile(n, k)); }
 };
 template <class E>
 struct RightColumns {
   SharedTile<E> tile;  // [k, n]
   int first = 0;       // column of the tile that is n = 0
-  __device__ float operator()(int k, int n) const { return widen<float>(tile(k, first + n)); }
+  __device__ float operator()(int k, int n) const { return as_float(tile(k, first + n)); }
 };
 
 // ---- instructions ----------------------------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ __device__ inline void multiply(float (&d)[4], const WideFragment& f, const Word
   for (int part = 0; part < 2; ++part) {
     const std::uint32_t pair = b[part];
     const half low{static_cast<std::uint16_t>(pair)}, high{static_cast<std::uint16_t>(pair >> 16)};
-    const Words2 wide = {__float_as_uint(widen<float>(low)), __float_as_uint(widen<float>(high))};
+    const Words2 wide = {__float_as_uint(as_float(low)), __float_as_uint(as_float(high))};
     mma(d, f.a[part][1], wide, float{});
     mma(d, f.a[part][0], wide, float{});
   }

@@ -6,7 +6,7 @@
 /// Computes:    integer counts; sums are the last block's business, in a fixed order: which block that is changes no bit.
 /// Errors:      CUDA calls failing (ErrorCode::device).
 /// Cost:        4 KiB; one atomic per block. Counters are zero before and after every kernel. Without Tickets the sums take a launch
-///              of their own.
+///              of their own, and each row body that follows them another.
 /// Determinism: the order of arrival decides who adds, never in which order.
 /// Example:     tests/gpu/harness.cuh
 #pragma once

@@ -5,6 +5,7 @@
 ///                    ranks (shrink), 64 tokens × 32 columns (expand), 64 ranks × 32 columns (sums over tokens).
 ///   SharedTile<E>    rows of 16-byte chunks; chunk c of eight consecutive rows lies in eight different groups of banks.
 ///   Extent           which of the 16-row and 8-column tiles of an Accumulator are wanted; the rest costs nothing.
+///   as_float, as     widen<float> and narrow by the instructions that a device has for 16 bits.
 ///
 /// Computes:    where elements lie; moves between lanes of a quad.
 /// Errors:      none.
@@ -25,6 +26,30 @@ namespace detail {
 inline constexpr int tile_rows = 64;  // of an Accumulator
 inline constexpr int tile_cols = 32;
 inline constexpr int tile_step = 16;  // how far one step of a product goes along the contracted axis
+
+/// widen<float>(v); a half in one instruction.
+template <class E>
+__device__ float as_float(E v) {
+  if constexpr (std::is_same_v<E, half>) {
+    float wide;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(v.bits));
+    return wide;
+  } else {
+    return widen<float>(v);
+  }
+}
+/// narrow<E>(v), in one instruction; of a NaN, which one.
+template <class E>
+__device__ E as(float v) {
+  E out;
+  if constexpr (std::is_same_v<E, half>)
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(v));
+  else if constexpr (std::is_same_v<E, bfloat16>)
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(v));
+  else
+    out = narrow<E>(v);
+  return out;
+}
 
 /// Elements in 16 bytes.
 template <class E>

@@ -59,7 +59,7 @@ __device__ void store(const TokenSumTask<X, G>& task, int row, Index col, const 
   if (target.data == nullptr || own >= (side ? task.ranks.h.cols : Index{task.ranks.ranks})) return;
   const float scale = side ? 1.0f : task.scale;
   const auto added = [&](G before, float v) {
-    return narrow<G>(task.into == Into::add ? widen<float>(before) + scale * v : scale * v);
+    return as<G>(task.into == Into::add ? as_float(before) + scale * v : scale * v);
   };
   if (target.paired && col + n <= task.x.cols) {
     G* const cell = target.at(own, col);
