@@ -14,7 +14,8 @@ loramix_parts(tracked_parts suite_parts suite/part.cpp.in Tracked)
 add_executable(test_gpu ${sources} ${parts} ${tracked_parts})
 target_link_libraries(test_gpu PRIVATE loramix_test_main loramix_test_support loramix_suite_float loramix_test_kernels loramix_adapters loramix::gpu
   loramix::cpu)
-target_compile_options(test_gpu PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-lineinfo>)
+target_compile_options(test_gpu PRIVATE
+  $<$<COMPILE_LANGUAGE:CUDA>:SHELL:-lineinfo -include ${CMAKE_CURRENT_SOURCE_DIR}/support/gpu_kernels.cuh>)
 # RUNPATH, not RPATH: the emulator's libraries must be able to stand in front of the toolkit's.
 target_link_options(test_gpu PRIVATE -Wl,--enable-new-dtags)
 set_target_properties(test_gpu PROPERTIES CUDA_RUNTIME_LIBRARY Shared CUDA_ARCHITECTURES 80-virtual)

@@ -39,7 +39,7 @@ struct DeviceRun {
   DeviceResults (*run)(const DeviceStep& step, std::size_t form);
   std::size_t form;
 };
-inline constexpr std::size_t device_parts = 4;
+inline constexpr std::size_t device_parts = 2;
 template <Stored S, std::size_t Part>
 std::vector<DeviceRun> device_part();
 
