@@ -161,6 +161,33 @@ TEST_CASE_TEMPLATE("tokens of two experts give what they give among others", T, 
   }
 }
 
+TEST_CASE_TEMPLATE("tokens of a few of many experts conform", P, float, lm::bfloat16) {
+  const std::vector<GateSpec> gates{
+      {.name = "top-2", .ids = By::token, .k = 2, .id_weights = true},
+      {.name = "top-2, experts of several ranks", .ids = By::token, .k = 2, .id_weights = true, .mixed_ranks = true},
+      {.name = "top-2 x softmax, with side rows, to a prefix",
+       .ids = By::token,
+       .k = 2,
+       .weights = By::token,
+       .prefix = By::segment,
+       .computed = true},
+      {.name = "one expert per token", .ids = By::token},
+      {.name = "one expert per segment", .ids = By::segment}};
+  // More tokens than a chunk; a list longer than what meets eight ranks at once; lists that are mostly empty; few tokens.
+  const std::vector<ProductShape> shapes{
+      {300, 70, 83, 40, 3}, {130, 67, 130, 35, 17}, {4200, 17, 70, 33, 2}, {67, 90, 64, 150, 9}, {3, 33, 67, 40, 5}};
+  for (const Index lanes : {1, 3}) {
+    lm::ThreadPool pool(lanes);
+    CpuHarness<decltype(pool.executor())> harness(pool.executor(), {.sweep = 64});
+    Random random(seed(65));
+    check_products<P>(harness, gates, shapes, random);
+  }
+}
+
+TEST_CASE_TEMPLATE("tokens of a few of many experts give what they give among others", T, float, lm::bfloat16) {
+  for (const Index tokens : {65, 300, 4200}) check_neighbours(draw_pairs<T>(tokens, 73, 101, 40, 3), tokens);
+}
+
 TEST_CASE_TEMPLATE("tokens of one list each conform", P, float, lm::bfloat16) {
   const std::vector<GateSpec> gates{
       {.name = "prefix per token", .prefix = By::token},

@@ -669,7 +669,7 @@ void execute_impl(const AmxBackend<E>& be, const detail::TileExpandOp& op, Arena
   if (!be.tiles(op.u.rows)) return execute_impl(be.packets(), op, work);
   const auto gated = work.matrix<float>(op.u.rows, op.B.cols);
   std::uint8_t* const idle = carve_idle(work, op);
-  const auto left = gated_ranks(be, op.u, op.gate, gated, idle);
+  const auto left = gated_ranks(be, op.u, op.gate, false, gated, idle);
   const Spread<bfloat16, bfloat16, Major::row> out{{left, op.B.transposed()}, {}, {}, op.scale, op.into, op.y, idle};
   TileExpand(work, be, op.B.cols, 0, op.B.rows).run(be, out);
 }
@@ -697,7 +697,7 @@ void execute_impl(const AmxBackend<E>& be, const detail::TileExpandBackwardOp<G>
     tiles.run(be, {{op.dy}, op.B.transposed(), op.scale, out});
   });
   if (op.dB.data == nullptr || op.dB.empty()) return;
-  const auto left = gated_ranks(be.packets(), op.u, op.gate, packets.gated);
+  const auto left = gated_ranks(be.packets(), op.u, op.gate, false, packets.gated);
   sum.run(be, {left, {op.dy}, op.scale, op.parameters, op.dB.transposed()});
 }
 

@@ -155,13 +155,13 @@ inline bool is_open(const GateForm<float>& gate, Index columns_of_u) {
          gate.subset.data == nullptr && gate.weights.data == nullptr && gate.values.data == nullptr &&
          gate.multiplier.data == nullptr && gate.rank_scale.data == nullptr;
 }
-/// `idle`, where it is given: which tokens the gate gives no expert.
+/// `grouped`: closed experts' ranks are not read. `idle`, where it is given: which tokens the gate gives no expert.
 template <class E>
 MatrixView<const float> gated_ranks(const Backend<E>& be, MatrixView<const float> u, const GateForm<float>& gate,
-                                    MatrixView<float> gated, std::uint8_t* idle = nullptr) {
+                                    bool grouped, MatrixView<float> gated, std::uint8_t* idle = nullptr) {
   if (is_open(gate, u.cols)) return u;
   over_rows(be, u.rows, [&](Index t) {
-    apply_gate_row(gate, t, u.row(t), u.cols, gated.row(t));
+    apply_gate_row(gate, t, u.row(t), u.cols, gated.row(t), grouped && gate.ids.cols != 0);
     if (idle != nullptr) idle[t] = nothing_open(gate, t) ? 1 : 0;
   });
   return gated;
@@ -179,7 +179,7 @@ template <class E, class X, class W, Major M>
 void run_grouped(const Backend<E>& be, const GroupedContraction<X, W, M>& job, MatrixView<float> lanes) {
   const Selection& s = *job.selection;
   if (job.w.cols == 0) return set_zero(be, job.out);
-  if (job.by_dots(be.tuning, job.out.rows)) {
+  if (job.by_dots(be.tuning, s)) {
     set_zero(be, job.out);
     be.run(s.chunks() * s.groups(),
            [&](Index i, Index lane) { job.run_dots(i / s.groups(), i % s.groups(), lanes.row(lane)); });
@@ -196,11 +196,9 @@ void run_grouped(const Backend<E>& be, const GroupedContraction<X, W, M>& job, M
 template <class E, class Y, class W, Major M>
 void run_grouped(const Backend<E>& be, const GroupedSpread<Y, W, M>& spread, MatrixView<float> lanes) {
   const Selection& s = *spread.selection;
-  const Index tokens = spread.all.y.rows, columns = spread.all.y.cols;
-  const bool natural = M == Major::row && class_of(be.tuning, tokens) != TokenClass::many;
-  // A panel of sums goes along with a page of y where rows are met by several groups.
-  const Index packed = packed_sweep_of(be.tuning, spread.all.ranks(), columns);
-  const Index sweep = s.most() > 1 || natural ? smaller(sweep_of(be.tuning), packed) : packed;
+  const Index columns = spread.all.y.cols;
+  const bool natural = spread.natural(be.tuning, s);
+  const Index sweep = spread.sweep_of(be.tuning, s, spread.all.ranks(), columns);
   const Index lanes_used = be.lanes();
   const Index wide = natural ? smaller(sweep, round_up(blocks_of(columns, lanes_used), column_panel)) : sweep;
   const Index blocks = blocks_of(columns, wide);
@@ -273,9 +271,10 @@ struct FusedShrinkBackward {
   using Sum = TokenSum<X, G, Major::row>;
   using GroupedSum = GroupedTokenSum<X, G, Major::row>;
   using Back = Spread<X, W, Major::row>;
+  using GroupedBack = GroupedSpread<X, W, Major::row>;
   bool grouped;
-  bool together;  // dA and dside are sums over the same x
-  Selection selection, pairs;
+  bool together;                 // dA and dside are sums over the same x
+  Selection selection, of_rows;  // for sums over tokens; for dX, where that is listed otherwise
   MatrixView<float> lanes;
 
   template <class E, class Op>
@@ -289,13 +288,16 @@ struct FusedShrinkBackward {
     floats = larger(floats, Sum::scratch(be.tuning, op.side.rows, op.A.cols, std::is_same_v<X, float>));
     if (grouped) {
       selection = Selection(arena, op.select);
-      if (listing(be.tuning, op.select) == Selection::By::pair)
-        pairs = Selection(arena, op.select, Selection::By::pair);
-      floats = larger(floats,
-                      larger(GroupedSum::scratch(selection), GroupedSpread<X, W, Major::row>::scratch(ranks, sweep)));
+      const Selection::By by = listing(be.tuning, op.select);
+      if (by != Selection::By::expert) of_rows = Selection(arena, op.select, by);
+      floats = larger(floats, GroupedSum::scratch(selection));
+      floats = larger(floats, GroupedBack::scratch(be.tuning, rows(), ranks, op.A.cols));
     }
     lanes = carve_lanes(arena, be.lanes(), floats);
   }
+
+  /// What dX goes through.
+  const Selection& rows() const { return of_rows.apart() ? of_rows : selection; }
 
   template <class E, class Op>
   void run(const Backend<E>& be, const Op& op) const {
@@ -313,8 +315,8 @@ struct FusedShrinkBackward {
     }
     if (op.dx.data == nullptr || op.dx.empty()) return;
     if (!grouped) return run_spread(be, back, lanes);
-    if (pairs.in_pairs()) pairs.build(be);
-    run_grouped(be, GroupedSpread<X, W, Major::row>{back, pairs.in_pairs() ? &pairs : &selection}, lanes);
+    if (of_rows.apart()) of_rows.build(be);
+    run_grouped(be, GroupedBack{back, &rows()}, lanes);
   }
 };
 
@@ -345,15 +347,18 @@ struct FusedExpand {
         gated(arena.matrix<float>(op.u.rows, op.B.cols)),
         idle(carve_idle(arena, op)) {
     const Index sweep = packed_sweep_of(be.tuning, op.B.cols, op.B.rows);
-    if (grouped) selection = Selection(arena, op.gate, listing(be.tuning, op.gate));
-    lanes =
-        carve_lanes(arena, be.lanes(), larger(Out::scratch(op.B.cols, sweep), GroupedOut::scratch(op.B.cols, sweep)));
+    Index floats = Out::scratch(op.B.cols, sweep);
+    if (grouped) {
+      selection = Selection(arena, op.gate, listing(be.tuning, op.gate));
+      floats = GroupedOut::scratch(be.tuning, selection, op.B.cols, op.B.rows);
+    }
+    lanes = carve_lanes(arena, be.lanes(), floats);
   }
 
   template <class E, class Op>
   void run(const Backend<E>& be, const Op& op) const {
     if (op.y.empty()) return;
-    const auto left = gated_ranks(be, op.u, op.gate, gated, idle);
+    const auto left = gated_ranks(be, op.u, op.gate, grouped, gated, idle);
     const Out out{{left, op.B.transposed()}, {}, {}, op.scale, op.into, op.y, idle};
     if (!grouped) return run_spread(be, out, lanes);
     selection.build(be);
@@ -371,7 +376,7 @@ struct FusedExpandBackward {
   MatrixView<float> gated;  // [T, R] ũ
   MatrixView<float> dut;    // [T, R] dŨ
   loramix::detail::GateContributions<float, Space::host> by_token;
-  Selection selection, pairs;
+  Selection selection, of_rows;  // for sums over tokens; for dŨ, where that is listed otherwise
   MatrixView<float> lanes;
 
   template <class E, class Op>
@@ -385,8 +390,8 @@ struct FusedExpandBackward {
     Index floats = larger(ranks.scratch(be, op.u.rows, direct), Sum::scratch(be.tuning, op.B.cols, op.B.rows, direct));
     if (grouped) {
       selection = Selection(arena, op.gate);
-      if (Grouped::listing(be.tuning, op.gate) == Selection::By::pair)
-        pairs = Selection(arena, op.gate, Selection::By::pair);
+      const Selection::By by = Grouped::listing(be.tuning, op.gate);
+      if (by != Selection::By::expert) of_rows = Selection(arena, op.gate, by);
       floats = larger(floats,
                       larger(Grouped::scratch(be.tuning, rows(), op.dy.cols, direct), GroupedSum::scratch(selection)));
     }
@@ -394,14 +399,14 @@ struct FusedExpandBackward {
   }
 
   /// What the contraction goes through.
-  const Selection& rows() const { return pairs.in_pairs() ? pairs : selection; }
+  const Selection& rows() const { return of_rows.apart() ? of_rows : selection; }
 
   template <class E, class Op>
   void run(const Backend<E>& be, const Op& op) const {
     run(be, op, [&](MatrixView<float> out) {
       const Input<Y> dy{op.dy};
       if (!grouped) return ranks.run(be, dy, op.scale, out, lanes);
-      if (pairs.in_pairs()) pairs.build(be);
+      if (of_rows.apart()) of_rows.build(be);
       const Index sweep = Grouped::sweep_of(be.tuning, rows(), op.dy.cols, dy.direct());
       run_grouped(be, Grouped{dy, op.B.transposed(), &rows(), sweep, op.scale, out}, lanes);
     });
@@ -421,7 +426,7 @@ struct FusedExpandBackward {
       loramix::detail::sum_contributions(be, op.gate, by_token, op.dgate, op.parameters, op.gate_values);
     }
     if (op.dB.data == nullptr || op.dB.empty()) return;
-    const auto left = gated_ranks(be, op.u, op.gate, gated);
+    const auto left = gated_ranks(be, op.u, op.gate, grouped, gated);
     if (grouped)
       run_grouped(be, GroupedSum{left, dy, op.scale, op.parameters, op.dB.transposed(), &selection}, lanes);
     else

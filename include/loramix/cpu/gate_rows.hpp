@@ -9,6 +9,8 @@
 /// Determinism: rows are independent.
 /// Example:     cpu/fused.hpp
 #pragma once
+#include <algorithm>
+
 #include <loramix/cpu/backend.hpp>
 #include <loramix/ops/gate_rows.hpp>
 
@@ -56,10 +58,16 @@ bool nothing_open(const GateForm<Score>& gate, Index t) {
   return true;
 }
 
-/// gated[t, :] = U ∘ g. U has `shared` columns: all ranks, or those of one expert.
-inline void apply_gate_row(const GateForm<float>& gate, Index t, const float* u, Index shared, float* gated) {
+/// gated[t, :] = U ∘ g. U has `shared` columns: all ranks, or those of one expert. `chosen`: of the chosen experts' ranks only,
+/// the others are not written.
+inline void apply_gate_row(const GateForm<float>& gate, Index t, const float* u, Index shared, float* gated,
+                           bool chosen) {
   const FloatRow row(gate, t);
-  for (Index j = 0; j < gate.ranks; ++j) gated[j] = 0;
+  if (!chosen) std::fill_n(gated, gate.ranks, 0.f);
+  for (Index k = 0; chosen && row.covered() && k < gate.ids.cols; ++k) {
+    const Index e = row.expert_at(k);
+    if (e >= 0) std::fill(gated + gate.expert_begin(e), gated + gate.expert_begin(e + 1), 0.f);
+  }
   const float m = row.multiplier();
   each_open_run(gate, row, [&](const OpenRun& run) {
     const float w = row.id_weight(run.slot) * row.weight(run.expert);

@@ -37,13 +37,14 @@ struct GroupedContraction {
   static constexpr int dot_rows = RegisterTile::dot_rows, dot_columns = RegisterTile::dot_columns;
 
   /// Whether the weights are read as they lie: where they are read once, and in sweeps where a tile would be one packet wide.
-  static bool by_dots(const Tuning& tuning, Index tokens) {
-    return M == Major::row && class_of(tuning, tokens) != TokenClass::many;
+  static bool by_dots(const Tuning& tuning, const Selection& s) {
+    return M == Major::row && (s.of_many() || class_of(tuning, s.tokens()) != TokenClass::many);
   }
   static bool swept_by_dots(const Selection& s) { return M == Major::row && s.most_ranks() <= width / 2; }
   /// By pairs where each expert is one packet: two of them make a tile; a wider expert has tiles of its own, and dot products
   /// take one expert at a time.
   static Selection::By listing(const Tuning& tuning, const GateForm<float>& gate) {
+    if (many_experts(gate)) return M == Major::row ? Selection::By::one_of_many : Selection::By::expert;
     const Index most = most_ranks_of(gate);
     const bool dots = M == Major::row && most <= width / 2;
     return most <= width && !dots ? detail::listing(tuning, gate) : Selection::By::expert;
@@ -56,7 +57,9 @@ struct GroupedContraction {
   }
   /// For direct rows, and for others where `direct` does not promise that there are none.
   static Index scratch(const Tuning& tuning, const Selection& s, Index depth, bool direct) {
-    const Index dots = s.chunk() * dot_columns * width, sums = larger(sums_of(s), most_sums);
+    const Index dots = most_dots * dot_columns * width;
+    if (s.of_many()) return dots + most_dots * pitch(smaller(detail::sweep_of(tuning), depth));
+    const Index sums = larger(sums_of(s), most_sums);
     const auto with = [&](bool rows_lie) {
       const Index columns = pitch(smaller(sweep_of(tuning, s, depth, rows_lie), depth));
       return (rows_lie ? 0 : s.chunk() * columns) + larger(dots, sums + packets_of(s) * width * columns);
@@ -73,8 +76,9 @@ struct GroupedContraction {
   void run_dots(Index c, Index g, float* scratch) const;
 
  private:
-  static constexpr Index most_sums = 1 << 18;  // a megabyte
-  static constexpr Index in_block = 24;        // tokens of a list whose rows stay in L1: whole tiles of every width
+  static constexpr Index most_sums = 1 << 18;                     // a megabyte
+  static constexpr Index most_dots = Selection::chunk_by_expert;  // tokens of a list that meet 8 ranks before the next
+  static constexpr Index in_block = 24;  // tokens of a list whose rows stay in L1: whole tiles of every width
   static constexpr Index pitch(Index columns) { return round_up(columns, width) + width; }
   /// Packets of the panels before an expert's; of all.
   static Index packets_before(const Selection& s, Index expert) {
@@ -321,22 +325,25 @@ void GroupedContraction<X, W, M>::run_sweeps(Index c0, Index n, Index part, Inde
 template <class X, class W, Major M>
 void GroupedContraction<X, W, M>::run_dots(Index c, Index g, float* scratch) const {
   const Selection& s = *selection;
-  const Selection::List list = s.list(c, g);
-  float* const block = scratch + selection->chunk() * dot_columns * width;
+  const Selection::List all = s.list(c, g);
+  float* const block = scratch + most_dots * dot_columns * width;
   const Index end = s.rank_begin(g) + s.rank_count(g);
-  for (Index r = s.rank_begin(g); r < end; r += dot_columns) {
-    for (Index k = 0; k < w.cols; k += sweep) {
-      const Index columns = smaller(sweep, w.cols - k);
-      if (x.dropout.on()) {
-        for (Index i = 0; i < list.count; ++i) {
-          x.convert(c * selection->chunk() + list.entries[i].token, k, columns, block + i * pitch(columns));
+  for (Index first = 0; first < all.count; first += most_dots) {
+    const Selection::List list{all.entries + first, smaller(most_dots, all.count - first), all.first_entry + first};
+    for (Index r = s.rank_begin(g); r < end; r += dot_columns) {
+      for (Index k = 0; k < w.cols; k += sweep) {
+        const Index columns = smaller(sweep, w.cols - k);
+        if (x.dropout.on()) {
+          for (Index i = 0; i < list.count; ++i) {
+            x.convert(c * selection->chunk() + list.entries[i].token, k, columns, block + i * pitch(columns));
+          }
         }
-      }
-      in_steps<dot_rows>(list.count, [&](auto m, Index i) {
-        in_steps<dot_columns>(smaller(dot_columns, end - r), [&](auto ranks, Index j) {
-          dots<m, ranks>(c, list, i, k, columns, r + j, scratch + (i * dot_columns + j * m) * width, block);
+        in_steps<dot_rows>(list.count, [&](auto m, Index i) {
+          in_steps<dot_columns>(smaller(dot_columns, end - r), [&](auto ranks, Index j) {
+            dots<m, ranks>(c, list, i, k, columns, r + j, scratch + (i * dot_columns + j * m) * width, block);
+          });
         });
-      });
+      }
     }
   }
 }
@@ -351,10 +358,21 @@ struct GroupedSpread {
   static constexpr int packets = Base::packets, rows = Base::rows;
   static constexpr Index panel = column_panel;
 
-  static Index scratch(Index ranks, Index sweep) {
-    const Index tokens = larger(Selection::chunk_by_expert * (panel + keep_pitch(sweep) / 4 + width),
-                                Selection::chunk_by_pair * (keep_pitch(sweep) / 4 + width));
-    return elements(ranks, sweep) + tokens;
+  /// Whether weights are read as they lie, but for the last columns.
+  static bool natural(const Tuning& tuning, const Selection& s) {
+    return M == Major::row && (s.of_many() || class_of(tuning, s.tokens()) != TokenClass::many);
+  }
+  /// Columns of a sweep. A panel of sums goes along with a page of y where rows are met by several groups.
+  static Index sweep_of(const Tuning& tuning, const Selection& s, Index ranks, Index columns) {
+    const Index page = detail::sweep_of(tuning), packed = packed_sweep_of(tuning, ranks, columns);
+    if (natural(tuning, s) && s.of_many()) return page;
+    return s.most() > 1 || natural(tuning, s) ? smaller(page, packed) : packed;
+  }
+  static Index scratch(const Tuning& tuning, const Selection& s, Index ranks, Index columns) {
+    const Index sweep = sweep_of(tuning, s, ranks, columns);
+    const Index copied = natural(tuning, s) && s.of_many() ? smaller(panel, sweep) : sweep;
+    const Index sums = s.most() == 1 ? 0 : panel;
+    return elements(ranks, copied) + s.chunk() * (sums + keep_pitch(sweep) / 4 + width);
   }
 
   /// Chunks [chunk, chunk + n) × columns [c0, c0 + columns), at most one sweep. `natural`: weights as they lie.
@@ -473,14 +491,14 @@ struct GroupedSpread {
   void run_panel(const Place& place, const Weights<Weight>& w) const {
     const Index tokens = selection->tokens(place.chunk);
     for (Index i = 0; i < tokens * panel; i += width) store(place.partial + i, splat(0));
-    for (Index g = 0; g < selection->groups(); ++g) {
+    selection->each_group_in(place.chunk, [&](Index g) {
       const Selection::List list = selection->list(place.chunk, g);
       const Index r = selection->rank_begin(g);
       in_steps<rows>(list.count, [&](auto m, Index i) {
         tile<m, packets>(place, list.entries + i, r, selection->rank_count(g), w.first + r * w.first_step,
                          w.first_step);
       });
-    }
+    });
     if (all.second.w.rows != 0) {
       in_steps<rows>(tokens, [&](auto m, Index i) { side_tile<m, packets>(place, i, w.second, w.second_step); });
     }
@@ -543,12 +561,12 @@ struct GroupedSpread {
 
 template <class Y, class W, Major M>
 void GroupedSpread<Y, W, M>::run(Index chunk, Index n, Index c0, Index columns, bool natural, float* scratch) const {
-  const Index step = panel * all.ranks(), blocks = blocks_of(columns, panel);
+  const Index step = panel * all.ranks();
+  const Index copied = natural ? columns / panel * panel : 0;  // columns before are read where they lie
   float* const weights = scratch;
-  float* const partial = weights + blocks * step;
+  float* const partial = weights + blocks_of(columns - copied, panel) * step;
   std::uint8_t* const keep =
       reinterpret_cast<std::uint8_t*>(partial + (selection->most() == 1 ? 0 : selection->chunk() * panel));
-  const Index copied = natural ? columns / panel * panel : 0;  // columns before are read where they lie
   copy_panels(all.first.w, c0 + copied, columns - copied, weights, step);
   copy_panels(all.second.w, c0 + copied, columns - copied, weights + panel * all.first.w.rows, step);
   for (Index c = chunk; c < chunk + n; ++c) {
@@ -569,7 +587,8 @@ void GroupedSpread<Y, W, M>::run(Index chunk, Index n, Index c0, Index columns, 
       }
     };
     if (selection->most() == 1) {
-      for (Index g = 0; g <= selection->groups(); ++g) run_list(c, g, c0, columns, keep, weights_of);
+      selection->each_group_in(c, [&](Index g) { run_list(c, g, c0, columns, keep, weights_of); });
+      run_list(c, selection->groups(), c0, columns, keep, weights_of);
       continue;
     }
     RowWalk<Y> next{};

@@ -4,13 +4,14 @@
 ///              prefix, the packets up to which it reaches) the tokens whose gate is open there, in order; behind the groups
 ///              the tokens of none.
 /// Reads:       ids and prefix of a GateForm.
-/// Writes:      begin [chunks, groups + 2], entries [chunks, chunk · most].
+/// Writes:      begin [chunks, groups + 2], entries [chunks, chunk · most], and which groups have tokens [chunks, 1 + groups].
 /// Errors:      none: the form was checked.
 /// Cost:        O(T·k + chunks·groups).
 /// Determinism: groups ascend, tokens ascend inside a group.
 /// Example:     cpu/grouped.hpp
 #pragma once
 #include <algorithm>
+
 #include <loramix/core/arena.hpp>
 #include <loramix/cpu/gate_rows.hpp>
 #include <loramix/cpu/packet.hpp>
@@ -28,6 +29,12 @@ inline bool selects(const GateForm<float>& gate) { return gate.ids.cols != 0 || 
 /// experts meet in registers. Few experts only: lists of a handful of tokens are no use.
 inline bool lists_pairs(const GateForm<float>& gate) { return gate.ids.cols == 2 && gate.experts <= 12; }
 
+/// Whether there are so many experts that a chunk has a handful of tokens for each: lists are then as long as they can be, and
+/// weights, which few tokens meet, are read as they lie.
+inline bool many_experts(const GateForm<float>& gate) {
+  return gate.ids.cols != 0 && gate.experts > 16 * gate.ids.cols;
+}
+
 /// Ranks of the largest expert.
 inline Index most_ranks_of(const GateForm<float>& gate) {
   Index most = 0;
@@ -37,7 +44,7 @@ inline Index most_ranks_of(const GateForm<float>& gate) {
 
 class Selection {
  public:
-  enum class By { expert, pair };
+  enum class By { expert, pair, one_of_many };
   struct Entry {
     std::uint16_t token;  // of the chunk
   };
@@ -59,20 +66,28 @@ class Selection {
   struct Run {
     Index expert, begin, count;
   };
-  static constexpr Index chunk_by_expert = 128, chunk_by_pair = 512;
+  static constexpr Index chunk_by_expert = 128, chunk_by_pair = 512, chunk_of_many = 4096;
 
   Selection() = default;
-  /// `by` pairs: where lists_pairs.
+  /// `by` pairs: where lists_pairs; one of many: where many_experts.
   Selection(Arena<>& arena, const GateForm<float>& gate, By by = By::expert)
       : gate_(gate),
         in_pairs_(by == By::pair),
+        of_many_(by == By::one_of_many),
         begin_(arena.matrix<std::int32_t>(chunks(), groups() + 2)),
-        entries_(arena.matrix<Entry>(chunks(), chunk() * most())) {}
+        entries_(arena.matrix<Entry>(chunks(), chunk() * most())),
+        open_(arena.matrix<std::int32_t>(chunks(), 1 + smaller(groups(), chunk() * most()))) {}
 
-  Index chunk() const { return in_pairs_ ? chunk_by_pair : chunk_by_expert; }
+  Index chunk() const {
+    return of_many_ ? smaller(chunk_of_many, larger(1, gate_.tokens)) : in_pairs_ ? chunk_by_pair : chunk_by_expert;
+  }
   Index chunks() const { return blocks_of(gate_.tokens, chunk()); }
+  Index tokens() const { return gate_.tokens; }
   Index tokens(Index c) const { return smaller(chunk(), gate_.tokens - c * chunk()); }
   bool in_pairs() const { return in_pairs_; }
+  bool of_many() const { return of_many_; }
+  /// Whether tokens are listed otherwise than by experts, chunk by short chunk.
+  bool apart() const { return in_pairs_ || of_many_; }
   /// Pairs: experts e ≤ f make group e · experts + f.
   Index groups() const {
     if (in_pairs_) return gate_.experts * gate_.experts;
@@ -108,6 +123,12 @@ class Selection {
   List list(Index c, Index g) const {
     const std::int32_t* const begin = begin_.row(c) + g;
     return {entries_.row(c) + begin[0], begin[1] - begin[0], begin[0]};
+  }
+  /// f(g) for the groups with tokens in chunk c, in order.
+  template <class F>
+  void each_group_in(Index c, F&& f) const {
+    const std::int32_t* const open = open_.row(c);
+    for (Index i = 0; i < open[0]; ++i) f(Index{open[1 + i]});
   }
 
   template <class E>
@@ -148,17 +169,24 @@ class Selection {
     // Filling moved every beginning to its end.
     for (Index g = groups; g > 0; --g) begin[g] = begin[g - 1];
     begin[0] = 0;
+    std::int32_t* const open = open_.row(c);
+    open[0] = 0;
+    for (Index g = 0; g < this->groups(); ++g) {
+      if (begin[g + 1] != begin[g]) open[++open[0]] = static_cast<std::int32_t>(g);
+    }
   }
 
   GateForm<float> gate_;
-  bool in_pairs_ = false;
+  bool in_pairs_ = false, of_many_ = false;
   MatrixView<std::int32_t> begin_;  // [chunks, groups + 2]
   MatrixView<Entry> entries_;       // [chunks, chunk · most]
+  MatrixView<std::int32_t> open_;   // [chunks, 1 + groups with tokens]: how many, which
 };
 
 /// How tokens are listed for products whose rows are tokens: by pairs where they may be, but for T ≤ 64, where each expert's
 /// weights are to be read once.
 inline Selection::By listing(const Tuning& tuning, const GateForm<float>& gate) {
+  if (many_experts(gate)) return Selection::By::one_of_many;
   const bool many = class_of(tuning, gate.tokens) == TokenClass::many;
   return many && lists_pairs(gate) ? Selection::By::pair : Selection::By::expert;
 }
