@@ -370,7 +370,7 @@ struct GroupedSpread {
   }
   static Index scratch(const Tuning& tuning, const Selection& s, Index ranks, Index columns) {
     const Index sweep = sweep_of(tuning, s, ranks, columns);
-    const Index copied = natural(tuning, s) && s.of_many() ? smaller(panel, sweep) : sweep;
+    const Index copied = natural(tuning, s) && s.of_many() ? panel : sweep;
     const Index sums = s.most() == 1 ? 0 : panel;
     return elements(ranks, copied) + s.chunk() * (sums + keep_pitch(sweep) / 4 + width);
   }

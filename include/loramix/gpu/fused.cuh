@@ -471,12 +471,10 @@ void execute(const Backend& be, const ExpandBackward<Acc, W, Y, Score, G, Space:
     using Body = loramix::detail::ApplyGateBackward<float, Score, Space::device>;
     const Body body{op.u, scratch.dut, gate, op.du, scratch.by_token, op.dgate.values, op.gate_values};
     const bool follows = final_by_token(gate, op.dgate, scratch.by_token);
-    if constexpr (alone) {
+    if (alone || !follows) {
       launch_shrink<Math, M == Major::column>(be, plan, task, body, true);
-    } else if (follows) {
+    } else if constexpr (!alone) {
       launch_shrink<Math, M == Major::column>(be, plan, task, InTurn{body, then}, true);
-    } else {
-      launch_shrink<Math, M == Major::column>(be, plan, task, body, true);
     }
 
     if (op.dB.data != nullptr) {
