@@ -242,7 +242,7 @@ class ExpandBlock {
       const int listed = __popcll(units.rows(first + place)), rank = units[first + place] * width;
       const unsigned char* const list = rows_of + place * tile_rows;
       for (int i = warp; i < (listed + 15) / 16 * 16; i += warps) {
-        fill_rank_row(task.ranks, i < listed ? token + list[i] : Index{-1}, width,
+        fill_rank_row(task.ranks, list[i] < tile_rows ? token + list[i] : Index{-1}, width,
                       ranks + i * rank_pitch + place * width, false, [rank](int c) { return rank + c; });
       }
     }

@@ -32,11 +32,12 @@ struct LeftTile {
   SharedTile<E> tile;  // [m, k]
   __device__ float operator()(int m, int k) const { return as_float(tile(m, k)); }
 };
-/// The same for a list of rows: row m of the product is row rows[m] of the tile.
+/// The same for a list of rows: row m of the product is row rows[m] of the tile; of those from `count` on, nothing is wanted.
 template <class E>
 struct LeftRows {
   SharedTile<E> tile;
   const unsigned char* rows;  // in shared memory
+  int count;
   __device__ float operator()(int m, int k) const { return as_float(tile(rows[m], k)); }
 };
 struct LeftRanks {
@@ -69,6 +70,12 @@ using Words2 = std::uint32_t[2];
 __device__ inline void load_matrices(Words4& to, unsigned address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(address)
+               : "memory");
+}
+__device__ inline void load_matrices(Words2& to, unsigned address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
+               : "=r"(to[0]), "=r"(to[1])
                : "r"(address)
                : "memory");
 }
@@ -109,7 +116,16 @@ __device__ void load_left(const Lane& lane, const LeftTile<E>& left, int row, in
 }
 template <class E>
 __device__ void load_left(const Lane& lane, const LeftRows<E>& left, int row, int chunk, Words4& a) {
-  load_matrices(a, left.tile.address(left.rows[row + lane.id % 16], chunk + lane.id / 16));
+  const unsigned address = left.tile.address(left.rows[row + lane.id % 8 + lane.id / 16 * 8], chunk + lane.id / 8 % 2);
+  if (row + 8 < left.count) {
+    Words4 r;
+    load_matrices(r, address);
+    a[0] = r[0], a[1] = r[2], a[2] = r[1], a[3] = r[3];
+  } else {  // eight rows or fewer
+    Words2 r;
+    load_matrices(r, address);
+    a[0] = r[0], a[1] = 0, a[2] = r[1], a[3] = 0;
+  }
 }
 
 /// Four floats of two rows: (m, k), (m, k + 1), … as a 16 × 16 left operand holds them, pair by pair.

@@ -147,11 +147,14 @@ class ShrinkBlock {
   }
 
  private:
-  /// Of the tile's rows: which 32-column slices hold side rows or a rank that the row has open; and the rows of every slice.
+  /// Which 32-column slices hold side rows or a rank that a token of the tile has open. In the tile, rows with the same slices lie side
+  /// by side: eight of a slice's list are then mostly neighbours, in eight groups of banks.
   struct Chosen {
-    unsigned slices[tile_rows];
+    unsigned short keys[tile_rows];   // of a token: its slices, then how many tokens come after it; the greatest first
+    unsigned char slices[tile_rows];  // of a row
+    unsigned char tokens[tile_rows];  // of a row, in the tile of tokens
     unsigned char rows[256 / tile_cols]
-                      [tile_rows];  // as many as there are, then the first again up to a multiple of 16
+                      [tile_rows];  // of a slice: as many as there are, then the first again up to a multiple of 16
     unsigned all;
   };
   static_assert(sizeof(Chosen) < own_bytes);
@@ -174,8 +177,17 @@ class ShrinkBlock {
         mine = slices_of(task.padded, task.columns);
         each_open_range(task.select, token + i, [&](int begin, int end) { mine |= slices_of(begin, end); });
       }
-      to.slices[i] = mine;
+      to.keys[i] = static_cast<unsigned short>(mine * tile_rows + (tile_rows - 1 - i));
       if (mine != 0) atomicOr(&to.all, mine);
+    }
+    __syncthreads();
+    for (int i = static_cast<int>(threadIdx.x); i < tile_rows; i += static_cast<int>(blockDim.x)) {
+      const int key = to.keys[i];
+      int row = 0;
+#pragma unroll 16
+      for (int other = 0; other < tile_rows; ++other) row += to.keys[other] > key ? 1 : 0;
+      to.slices[row] = static_cast<unsigned char>(key / tile_rows);
+      to.tokens[row] = static_cast<unsigned char>(i);
     }
     __syncthreads();
     slices = to.all;
@@ -196,6 +208,8 @@ class ShrinkBlock {
   }
   __device__ bool is_wanted(int slice) const { return (slices >> slice & 1u) != 0; }
   __device__ static bool row_has(int row, int slice) { return (chosen().slices[row] >> slice & 1u) != 0; }
+  /// Which of the tile's tokens a row is.
+  __device__ static int token_of(int row) { return sparse ? chosen().tokens[row] : row; }
   /// Whether this block multiplies a row of x at all.
   __device__ static bool reads_row(int row) { return !sparse || chosen().slices[row] != 0; }
   /// Whether the sum in a row and column of the block's tile is wanted.
@@ -203,7 +217,7 @@ class ShrinkBlock {
   template <class Tile>
   __device__ auto left(const Tile& tile) const {
     if constexpr (sparse)
-      return LeftRows<X>{tile, chosen().rows[across]};
+      return LeftRows<X>{tile, chosen().rows[across], listed};
     else
       return LeftTile<X>{tile};
   }
@@ -259,7 +273,7 @@ class ShrinkBlock {
       for (int i = static_cast<int>(threadIdx.x); i < tile_extent() * x.chunks; i += threads) {
         const int row = i / x.chunks, c = i % x.chunks;
         if (!reads_row(row)) continue;
-        copy_chunk(x.chunk(row, c), task.x, token + row, k + c * per_chunk<X>);
+        copy_chunk(x.chunk(row, c), task.x, token + token_of(row), k + c * per_chunk<X>);
       }
       request_weights(weight_tile(s % stages), k);
     }
@@ -293,7 +307,7 @@ class ShrinkBlock {
          i += static_cast<int>(blockDim.x)) {
       const int row = i / (shrink_stage / 8), block = i % (shrink_stage / 8);
       if (!reads_row(row)) continue;
-      const std::uint32_t keep = task.dropout.keep8(token + row, k / 8 + block);
+      const std::uint32_t keep = task.dropout.keep8(token + token_of(row), k / 8 + block);
 #pragma unroll
       for (int c = 0; c < chunks; ++c) {
         drop_chunk(from.chunk(row, block * chunks + c), to.chunk(row, block * chunks + c), keep >> c * per_chunk<X>);
@@ -367,7 +381,8 @@ class ShrinkBlock {
   __device__ void leave(const float4 (&total)[16]) {
     float* const mine = task.partial + (Index{blockIdx.z} * task.x.rows + token) * task.pitch() + column;
     each_four([&](int i, int row, int c) {
-      if (row < rows && column + c < task.pitch()) *reinterpret_cast<float4*>(mine + row * task.pitch() + c) = total[i];
+      if (row < rows && column + c < task.pitch())
+        *reinterpret_cast<float4*>(mine + token_of(row) * task.pitch() + c) = total[i];
     });
   }
 
@@ -396,7 +411,7 @@ class ShrinkBlock {
     const int wanted = min(task.columns - column, task.group);
     for (int i = static_cast<int>(threadIdx.x); i < rows * task.group; i += static_cast<int>(blockDim.x)) {
       const int row = i / task.group, c = i % task.group;
-      if (c < wanted && is_summed(row, c)) f(row, column + c, sums()[row * sum_pitch() + c]);
+      if (c < wanted && is_summed(row, c)) f(token_of(row), column + c, sums()[row * sum_pitch() + c]);
     }
     __syncthreads();
   }
