@@ -135,7 +135,7 @@ class ExpandBlock {
       RowSet held = 0, left = 0;  // rows whose sums acc has, listed at `place` of the window; and shared memory
       for (int unit = 0, place = 0;; ++unit) {
         const bool more = unit * task.unit < rank_steps;
-        if (!more && held == all) break;  // row by row already
+        if (!more && held == all) break;  // row by row already: such a list has no gap
         const bool refill = more && unit / window != filled;
         const RowSet next = more ? units.rows(unit) : 0;
         if (refill || next != held) {

@@ -138,11 +138,12 @@ class Units {
     const unsigned* const words = rows_ + 2 * list_[i];
     return RowSet{words[1]} << 32 | words[0];
   }
-  /// Which they are, in whole sixteens, 64 where there is none; by one warp. Dealt out to fours in the order of row mod 4: the sums of
-  /// rows with the same remainder lie in the same banks, and few fours have two of them.
+  /// Which they are, in whole sixteens, 64 where there is none; by one warp. Rows 0, 1, … without a gap in this order; others dealt out to
+  /// fours in the order of row mod 4: the sums of rows with the same remainder lie in the same banks, and few fours have two of them.
   __device__ void list_rows(int i, unsigned char* to) const {
     const int lane = static_cast<int>(threadIdx.x) % warp_width;
     const RowSet set = rows(i);
+    const bool gapless = (set & (set + 1)) == 0;
     const int fours = (__popcll(set) + 3) / 4;
     for (int row = lane; row < 64; row += warp_width) to[row] = 64;
     __syncwarp();
@@ -151,7 +152,7 @@ class Units {
       constexpr RowSet same = 0x1111111111111111u;
       const RowSet before = same * ((1u << row % 4) - 1), beside = same << row % 4 & ((RowSet{1} << row) - 1);
       const int place = __popcll(set & (before | beside));
-      to[place % fours * 4 + place / fours] = static_cast<unsigned char>(row);
+      to[gapless ? row : place % fours * 4 + place / fours] = static_cast<unsigned char>(row);
     }
   }
 
