@@ -165,6 +165,7 @@ TEST_CASE("more ranks than are dense: the router first, one launch more, grouped
   for (const auto& [experts, rank] : {std::pair<Index, Index>{33, 8}, {20, 32}}) {
     CAPTURE(experts);
     Grouped test(experts, rank);
+    const auto shared = test.run({.machine = {.multiprocessors = 1000}, .block_bytes = 1});  // sums, among blocks
     const auto dense = test.run({.dense_ranks = 1000}), grouped = test.run({}), composed = test.run({.fused = false});
     const auto path = [&] { return std::string(lm::explain(test.gpu.backend(), test.adapter, 70).facts.path); };
     CHECK(path().find("composed") != std::string::npos);
@@ -191,9 +192,11 @@ TEST_CASE("more ranks than are dense: the router first, one launch more, grouped
       CHECK(worst <= 96 * 0x1p-22 * largest);
     };
     for (const Grouped::Run* want : {&dense, &composed}) {
-      check_near(grouped.y, want->y, 0x1p-7);
-      check_near(grouped.dx, want->dx, 0x1p-7);
-      check_near(grouped.gradient, want->gradient, 0);
+      for (const Grouped::Run* got : {&grouped, &shared}) {
+        check_near(got->y, want->y, 0x1p-7);
+        check_near(got->dx, want->dx, 0x1p-7);
+        check_near(got->gradient, want->gradient, 0);
+      }
     }
     CHECK(test.gpu.release());
   }
