@@ -173,14 +173,19 @@ TEST_CASE_TEMPLATE("tokens of a few of many experts conform", P, float, lm::bflo
        .computed = true},
       {.name = "one expert per token", .ids = By::token},
       {.name = "one expert per segment", .ids = By::segment}};
-  // More tokens than a chunk; a list longer than what meets eight ranks at once; lists that are mostly empty; few tokens.
-  const std::vector<ProductShape> shapes{
-      {300, 70, 83, 40, 3}, {130, 67, 130, 35, 17}, {4200, 17, 70, 33, 2}, {67, 90, 64, 150, 9}, {3, 33, 67, 40, 5}};
+  // One job of a sum over tokens and several; lists that are mostly empty; few tokens; several jobs of few experts.
+  const std::vector<ProductShape> shapes{{300, 70, 83, 40, 3}, {130, 67, 130, 35, 17}, {67, 90, 64, 150, 9},
+                                         {3, 33, 67, 40, 5},   {220, 33, 65, 6, 130},  {40, 120, 33, 5, 260}};
+  // More tokens than a chunk, lists longer than what meets eight ranks at once.
+  const ProductShape many{4200, 5, 9, 65, 8};
   for (const Index lanes : {1, 3}) {
     lm::ThreadPool pool(lanes);
-    CpuHarness<decltype(pool.executor())> harness(pool.executor(), {.sweep = 64});
+    // Sums of one panel, or of two and three, and of whole sweeps.
+    CpuHarness<decltype(pool.executor())> harness(
+        pool.executor(), lanes == 1 ? lm::cpu::Tuning{.sweep = 64, .weights = 4096} : lm::cpu::Tuning{.sweep = 64});
     Random random(seed(65));
     check_products<P>(harness, gates, shapes, random);
+    if (lanes == 3) check_products<P>(harness, {gates.front()}, {many}, random);
   }
 }
 

@@ -252,7 +252,7 @@ struct TileContraction {
       const Index columns = smaller(sweep, w.cols - k), wide = round_up(columns, 32);
       for (Index i = 0; i < n; ++i) copy_row(x, t + i, k, columns, wide, block + i * pitch);
       std::fill(block + n * pitch, block + 32 * pitch, bfloat16{0});
-      RowWalk<bfloat16> next = behind(t, n, k);
+      RowWalk next = behind(t, n, k);
       for (Index r = 0; r < ranks; r += 32) {
         if (k == 0)
           TileBlock::clear();
@@ -277,7 +277,7 @@ struct TileContraction {
 
  private:
   /// What is copied next: the same tokens' columns behind this sweep, or the next tokens' first ones.
-  RowWalk<bfloat16> behind(Index t, Index n, Index k) const {
+  RowWalk behind(Index t, Index n, Index k) const {
     k += sweep;
     if (k >= w.cols) t += n, k = 0;
     return {x.rows.row(t) + k, x.rows.stride, smaller(32, x.rows.rows - t), smaller(sweep, w.cols - k)};
@@ -447,7 +447,7 @@ struct TileTokenSum {
     for (Index t0 = 0; t0 == 0 || t0 < left.rows; t0 += chunk) {
       const Index n = smaller(chunk, left.rows - t0), pairs = larger(1, 16 / (here / 32));
       for (Index t = 0; t < n; t += 32) copy_tokens(t0 + t, c0, columns, tiles + t * blocks * 32, dropped);
-      RowWalk<bfloat16> next{x.rows.row(t0 + n) + c0, x.rows.stride, smaller(chunk, left.rows - t0 - n), columns};
+      RowWalk next{x.rows.row(t0 + n) + c0, x.rows.stride, smaller(chunk, left.rows - t0 - n), columns};
       for (Index r = 0; r < here; r += 32) {
         for (Index c = 0; c < blocks; ++c) {
           float* const sum = sums + r * sweep + c * 32;

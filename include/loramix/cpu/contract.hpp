@@ -115,7 +115,7 @@ struct PanelContraction {
       } else {
         for (Index i = 0; i < g; ++i) x.convert(t + i, k + c, columns, block + i * stride);
       }
-      RowWalk<X> next = behind(t, g, k, k + c + columns);
+      RowWalk next = behind(t, g, k, k + c + columns);
       for_panels(padded, [&](auto packets, Index begin) {
         in_steps<RegisterTile::rows_of(packets)>(g, [&](auto m, Index i) {
           tile<m, packets>(columns, rows + i * stride, stride, panels + begin * n + c * packets * width,
@@ -125,7 +125,7 @@ struct PanelContraction {
     }
   }
   /// What is converted next: the same tokens' columns from c on, or the next tokens' from k on.
-  RowWalk<X> behind(Index t, Index g, Index k, Index c) const {
+  RowWalk behind(Index t, Index g, Index k, Index c) const {
     if (x.direct()) return {};
     const Index end = smaller(k + sweep, w.columns());
     if (c >= end) t += g, c = k;
@@ -133,13 +133,13 @@ struct PanelContraction {
   }
   template <int T, int N>
   [[gnu::flatten, gnu::noinline]] static void tile(Index n, const float* rows, Index stride, const float* panel,
-                                                   float* sums, Index padded, bool first, RowWalk<X>& next) {
+                                                   float* sums, Index padded, bool first, RowWalk& next) {
     Tile<T, N> c;
     if (first)
       c.clear();
     else
       c.load_from(sums, padded);
-    RowWalk<X> walk = next;
+    RowWalk walk = next;
     outer(
         n, Rows3<T>(rows, stride), Panel<float>{panel, N * width},
         c, [&](Index i) __attribute__((always_inline)) { walk.template step<2>(i); });

@@ -205,7 +205,8 @@ void run_grouped(const Backend<E>& be, const GroupedSpread<Y, W, M>& spread, Mat
   const Cut cut(s.chunks(), lanes_used == 1 ? 1 : blocks_of(4 * lanes_used, blocks), s.chunks(), 1);
   be.run(blocks * cut.jobs, [&](Index i, Index lane) {
     const Index c = i % blocks * wide, chunk = i / blocks;
-    spread.run(cut.begin(chunk), cut.count(chunk, s.chunks()), c, smaller(wide, columns - c), natural, lanes.row(lane));
+    spread.run(be.tuning, cut.begin(chunk), cut.count(chunk, s.chunks()), c, smaller(wide, columns - c),
+               lanes.row(lane));
   });
 }
 template <class E, class X, class G, Major M>
@@ -275,6 +276,7 @@ struct FusedShrinkBackward {
   bool grouped;
   bool together;                 // dA and dside are sums over the same x
   Selection selection, of_rows;  // for sums over tokens; for dX, where that is listed otherwise
+  bool apart = false;            // whether it is
   MatrixView<float> lanes;
 
   template <class E, class Op>
@@ -287,9 +289,10 @@ struct FusedShrinkBackward {
     for (const Index n : {ranks, op.A.rows}) floats = larger(floats, Sum::scratch(be.tuning, n, op.A.cols, direct));
     floats = larger(floats, Sum::scratch(be.tuning, op.side.rows, op.A.cols, std::is_same_v<X, float>));
     if (grouped) {
-      selection = Selection(arena, op.select);
-      const Selection::By by = listing(be.tuning, op.select);
-      if (by != Selection::By::expert) of_rows = Selection(arena, op.select, by);
+      const Selection::By by_sums = GroupedSum::listing(op.select), by = listing(be.tuning, op.select);
+      selection = Selection(arena, op.select, by_sums);
+      apart = by != by_sums;
+      if (apart) of_rows = Selection(arena, op.select, by);
       floats = larger(floats, GroupedSum::scratch(selection));
       floats = larger(floats, GroupedBack::scratch(be.tuning, rows(), ranks, op.A.cols));
     }
@@ -297,7 +300,7 @@ struct FusedShrinkBackward {
   }
 
   /// What dX goes through.
-  const Selection& rows() const { return of_rows.apart() ? of_rows : selection; }
+  const Selection& rows() const { return apart ? of_rows : selection; }
 
   template <class E, class Op>
   void run(const Backend<E>& be, const Op& op) const {
@@ -315,7 +318,7 @@ struct FusedShrinkBackward {
     }
     if (op.dx.data == nullptr || op.dx.empty()) return;
     if (!grouped) return run_spread(be, back, lanes);
-    if (of_rows.apart()) of_rows.build(be);
+    if (apart) of_rows.build(be);
     run_grouped(be, GroupedBack{back, &rows()}, lanes);
   }
 };
@@ -377,6 +380,7 @@ struct FusedExpandBackward {
   MatrixView<float> dut;    // [T, R] dŨ
   loramix::detail::GateContributions<float, Space::host> by_token;
   Selection selection, of_rows;  // for sums over tokens; for dŨ, where that is listed otherwise
+  bool apart = false;            // whether it is
   MatrixView<float> lanes;
 
   template <class E, class Op>
@@ -389,9 +393,10 @@ struct FusedExpandBackward {
     constexpr bool direct = std::is_same_v<Y, float>;
     Index floats = larger(ranks.scratch(be, op.u.rows, direct), Sum::scratch(be.tuning, op.B.cols, op.B.rows, direct));
     if (grouped) {
-      selection = Selection(arena, op.gate);
-      const Selection::By by = Grouped::listing(be.tuning, op.gate);
-      if (by != Selection::By::expert) of_rows = Selection(arena, op.gate, by);
+      const Selection::By by_sums = GroupedSum::listing(op.gate), by = Grouped::listing(be.tuning, op.gate);
+      selection = Selection(arena, op.gate, by_sums);
+      apart = by != by_sums;
+      if (apart) of_rows = Selection(arena, op.gate, by);
       floats = larger(floats,
                       larger(Grouped::scratch(be.tuning, rows(), op.dy.cols, direct), GroupedSum::scratch(selection)));
     }
@@ -399,14 +404,14 @@ struct FusedExpandBackward {
   }
 
   /// What the contraction goes through.
-  const Selection& rows() const { return of_rows.apart() ? of_rows : selection; }
+  const Selection& rows() const { return apart ? of_rows : selection; }
 
   template <class E, class Op>
   void run(const Backend<E>& be, const Op& op) const {
     run(be, op, [&](MatrixView<float> out) {
       const Input<Y> dy{op.dy};
       if (!grouped) return ranks.run(be, dy, op.scale, out, lanes);
-      if (of_rows.apart()) of_rows.build(be);
+      if (apart) of_rows.build(be);
       const Index sweep = Grouped::sweep_of(be.tuning, rows(), op.dy.cols, dy.direct());
       run_grouped(be, Grouped{dy, op.B.transposed(), &rows(), sweep, op.scale, out}, lanes);
     });

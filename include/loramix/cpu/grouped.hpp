@@ -135,7 +135,7 @@ struct GroupedContraction {
     return {block, pitch(n)};
   }
   void sweep_chunk(Index c, const Entries& range, Index k, Index n, const float* panels, const float* block,
-                   float* sums, RowWalk<X>& next) const {
+                   float* sums, RowWalk& next) const {
     const ChunkRows rows = rows_of(c, k, n, block);
     const Index pitch_of_sums = padded(*selection);
     for (Index g = 0; g < selection->groups(); ++g) {
@@ -163,7 +163,7 @@ struct GroupedContraction {
     float* sums;
   };
   template <int T, int N>
-  void tiles(const Part& part, const PacketPanel& panel, Index begin, Index i, RowWalk<X>& next) const {
+  void tiles(const Part& part, const PacketPanel& panel, Index begin, Index i, RowWalk& next) const {
     const Index pitch_of_sums = padded(*selection);
     in_steps<T>(
         part.count,
@@ -175,7 +175,7 @@ struct GroupedContraction {
         },
         i);
   }
-  void sweep_run(const Part& part, Index ranks, const float* panels, RowWalk<X>& next) const {
+  void sweep_run(const Part& part, Index ranks, const float* panels, RowWalk& next) const {
     const Index pitch_of_sums = padded(*selection);
     const bool neighbours = part.entries[part.count - 1].token - part.entries[0].token == part.count - 1;
     for_panels(ranks, [&](auto packets, Index begin) {
@@ -191,7 +191,7 @@ struct GroupedContraction {
     });
   }
   /// The packets of both experts side by side.
-  void sweep_pair(const Part& part, Index g, const float* panels, RowWalk<X>& next) const {
+  void sweep_pair(const Part& part, Index g, const float* panels, RowWalk& next) const {
     const float* from[2] = {};
     int n = 0;
     selection->each_run(g, [&](const Selection::Run& run) { from[n++] = panel_of(run, panels, part.n); });
@@ -200,20 +200,20 @@ struct GroupedContraction {
   }
   template <int T, int N, class Rows>
   [[gnu::flatten, gnu::noinline]] static void tile(Index n, const Rows rows, const PacketPanel panel, float* sums,
-                                                   Index sums_stride, bool first, RowWalk<X>& next) {
+                                                   Index sums_stride, bool first, RowWalk& next) {
     Tile<T, N> c;
     if (first)
       c.clear();
     else
       c.load_from(sums, sums_stride);
-    RowWalk<X> walk = next;
+    RowWalk walk = next;
     outer(
         n, rows, panel, c, [&](Index k) __attribute__((always_inline)) { walk.template step<8>(k); });
     next = walk;
     c.store_to(sums, sums_stride);
   }
   /// The same by dot products on the weights as they lie: columns [k, k + n).
-  void dot_chunk(Index c, Index k, Index n, const float* block, float* sums, RowWalk<X>& next) const {
+  void dot_chunk(Index c, Index k, Index n, const float* block, float* sums, RowWalk& next) const {
     const ChunkRows rows = rows_of(c, k, n, block);
     const Index pitch_of_sums = padded(*selection);
     for (Index g = 0; g < selection->groups(); ++g) {
@@ -230,10 +230,10 @@ struct GroupedContraction {
   template <int T, int N>
   [[gnu::flatten, gnu::noinline]] void dot_tile(Index k, Index n, const Selection::Entry* entries, const float* rows,
                                                 Index stride, Index r, float* sums, Index pitch_of_sums,
-                                                RowWalk<X>& next) const {
+                                                RowWalk& next) const {
     if constexpr (M == Major::row) {
       constexpr Index step = 8 * width;  // columns between requests for what comes next
-      RowWalk<X> walk = next;
+      RowWalk walk = next;
       Tile<T, N> tile;
       tile.clear();
       for (Index c = 0; c < n; c += step) {
@@ -310,7 +310,7 @@ void GroupedContraction<X, W, M>::run_sweeps(Index c0, Index n, Index part, Inde
     for (Index c = c0; c < c0 + n; ++c) {
       const Entries range = entries_of(c, part, parts);
       convert(c, range, k, columns, block);
-      RowWalk<X> next{};
+      RowWalk next{};
       if (x.direct() && c + 1 < c0 + n)
         next = {x.rows.row((c + 1) * selection->chunk()) + k, x.rows.stride, s.tokens(c + 1), columns};
       if (by_dots)
@@ -368,15 +368,24 @@ struct GroupedSpread {
     if (natural(tuning, s) && s.of_many()) return page;
     return s.most() > 1 || natural(tuning, s) ? smaller(page, packed) : packed;
   }
+  /// Columns that are summed together: a panel, so that sums stay in L1. Of many experts more, for their weights come from far
+  /// and in longer pieces sooner: as many as keep the sums in L2, or a whole sweep where so few tokens meet an expert that its
+  /// weights are most of what is moved.
+  static Index band_of(const Tuning& tuning, const Selection& s, Index sweep) {
+    if (!s.of_many()) return panel;
+    const Index whole = round_up(sweep, panel);
+    if (4 * s.tokens() * s.most() <= s.groups() * s.most_ranks()) return whole;
+    return larger(1, smaller(whole, tuning.weights / s.chunk()) / panel) * panel;
+  }
   static Index scratch(const Tuning& tuning, const Selection& s, Index ranks, Index columns) {
     const Index sweep = sweep_of(tuning, s, ranks, columns);
     const Index copied = natural(tuning, s) && s.of_many() ? panel : sweep;
-    const Index sums = s.most() == 1 ? 0 : panel;
+    const Index sums = s.most() == 1 ? 0 : band_of(tuning, s, sweep);
     return elements(ranks, copied) + s.chunk() * (sums + keep_pitch(sweep) / 4 + width);
   }
 
-  /// Chunks [chunk, chunk + n) × columns [c0, c0 + columns), at most one sweep. `natural`: weights as they lie.
-  void run(Index chunk, Index n, Index c0, Index columns, bool natural, float* scratch) const;
+  /// Chunks [chunk, chunk + n) × columns [c0, c0 + columns), at most one sweep.
+  void run(const Tuning& tuning, Index chunk, Index n, Index c0, Index columns, float* scratch) const;
 
  private:
   static Index keep_pitch(Index columns) { return round_up(columns, 8 * width) / 8; }
@@ -409,8 +418,8 @@ struct GroupedSpread {
     Index first_step, second_step;
   };
 
-  /// The tokens of one list, where no token is in two: sums leave the registers for y. `weights_of(j, f)`: f(weights) of
-  /// the panel that begins at column c0 + j.
+  /// The tokens of one list, where no token is in two: sums leave the registers for y. `weights_of(c, f)`: f(weights) of
+  /// the panel that begins at column c.
   template <class F>
   void run_list(Index chunk, Index g, Index c0, Index columns, const std::uint8_t* keep, const F& weights_of) const {
     const Selection::List list = selection->list(chunk, g);
@@ -425,7 +434,7 @@ struct GroupedSpread {
       for (Index j = 0; j < columns; j += panel) {
         const Panels to{chunk * selection->chunk(), c0 + j, smaller(panel, columns - j), runs[0], runs[1], keep + j / 8,
                         keep_pitch(columns)};
-        weights_of(j, [&](const auto& weights) {
+        weights_of(c0 + j, [&](const auto& weights) {
           if constexpr (m == rows) {
             if (consecutive) return direct_tile<m, packets, true>(to, entries, weights);
           }
@@ -475,65 +484,82 @@ struct GroupedSpread {
     put(sum, to.c, to.wide, token);
   }
 
-  /// One panel of columns for the tokens of one chunk.
-  struct Place {
-    Index chunk, first_token, c, wide;
+  /// Columns [c, c + columns) for the tokens of one chunk.
+  struct Band {
+    Index chunk, first_token, c, columns;
     const std::uint8_t* keep;
     Index keep_pitch;
-    float* partial;  // [chunk, panel]
-    RowWalk<Y>* next;
+    float* partial;  // [chunk, pitch]
+    Index pitch;
     Index token(const Selection::Entry& e) const { return first_token + e.token; }
   };
 
   // What a token's groups give is summed in `partial`, without asking which of them is the first or the last: the answer
-  // would be different for every token, and no processor guesses it.
-  template <class Weight>
-  void run_panel(const Place& place, const Weights<Weight>& w) const {
-    const Index tokens = selection->tokens(place.chunk);
-    for (Index i = 0; i < tokens * panel; i += width) store(place.partial + i, splat(0));
-    selection->each_group_in(place.chunk, [&](Index g) {
-      const Selection::List list = selection->list(place.chunk, g);
-      const Index r = selection->rank_begin(g);
-      in_steps<rows>(list.count, [&](auto m, Index i) {
-        tile<m, packets>(place, list.entries + i, r, selection->rank_count(g), w.first + r * w.first_step,
-                         w.first_step);
-      });
+  // would be different for every token, and no processor guesses it. `next`: rows of y to come; of many experts, weights of the
+  // group to come.
+  template <class F>
+  void run_band(const Band& band, RowWalk& next, const F& weights_of) const {
+    const Index tokens = selection->tokens(band.chunk);
+    for (Index i = 0; i < tokens * band.pitch; i += width) store(band.partial + i, splat(0));
+    selection->each_group_in(band.chunk, [&](Index g, Index following) {
+      const Selection::List list = selection->list(band.chunk, g);
+      const Index r = selection->rank_begin(g), ranks = selection->rank_count(g);
+      if constexpr (M == Major::row) {
+        if (selection->of_many() && following < selection->groups()) {
+          next = {all.first.w.row(selection->rank_begin(following)) + band.c, all.first.w.stride,
+                  selection->rank_count(following), band.columns};
+        }
+      }
+      for (Index j = 0; j < band.columns; j += panel) {
+        weights_of(band.c + j, [&](const auto& w) {
+          in_steps<rows>(list.count, [&](auto m, Index i) {
+            tile<m, packets>(band, j, list.entries + i, r, ranks, w.first + r * w.first_step, w.first_step, next);
+          });
+        });
+      }
     });
-    if (all.second.w.rows != 0) {
-      in_steps<rows>(tokens, [&](auto m, Index i) { side_tile<m, packets>(place, i, w.second, w.second_step); });
+    for (Index j = 0; j < band.columns; j += panel) {
+      if (all.second.w.rows != 0) {
+        weights_of(band.c + j, [&](const auto& w) {
+          in_steps<rows>(tokens, [&](auto m, Index i) { side_tile<m, packets>(band, j, i, w.second, w.second_step); });
+        });
+      }
+      finish(band, j);
     }
-    finish(place);
   }
 
   template <int T, int N, class Weight>
-  [[gnu::flatten, gnu::noinline]] void tile(const Place& place, const Selection::Entry* entries, Index r, Index ranks,
-                                            const Weight* w, Index step) const {
+  [[gnu::flatten, gnu::noinline]] void tile(const Band& band, Index column, const Selection::Entry* entries, Index r,
+                                            Index ranks, const Weight* w, Index step, RowWalk& next) const {
     const RowList<T> lefts([&](int m) __attribute__((always_inline)) {
-      return all.first.left.row(place.token(entries[m])) + r;
+      return all.first.left.row(band.token(entries[m])) + r;
     });
     float* sums[T];
-    unroll<T>([&](auto m) __attribute__((always_inline)) { sums[m] = place.partial + entries[m].token * panel; });
+    unroll<T>([&](auto m)
+                  __attribute__((always_inline)) { sums[m] = band.partial + entries[m].token * band.pitch + column; });
     Tile<T, N> sum;
     sum.clear();
-    RowWalk<Y> walk = *place.next;
+    RowWalk walk = next;
     outer(
         ranks, lefts, Panel<Weight>{w, step},
         sum, [&](Index k) __attribute__((always_inline)) { walk.template step<2>(k); });
-    *place.next = walk;
+    next = walk;
     sum.each([&](int m, int j, Packet v)
                  __attribute__((always_inline)) { store(sums[m] + j * width, add(load(sums[m] + j * width), v)); });
   }
   /// The second product, behind the first one's scale and dropout.
   template <int T, int N, class Weight>
-  [[gnu::flatten, gnu::noinline]] void side_tile(const Place& place, Index token, const Weight* w, Index step) const {
-    float* const sums = place.partial + token * panel;
-    const Index t = place.chunk * selection->chunk() + token;
+  [[gnu::flatten, gnu::noinline]] void side_tile(const Band& band, Index column, Index token, const Weight* w,
+                                                 Index step) const {
+    float* const sums = band.partial + token * band.pitch + column;
+    const std::uint8_t* const keep = band.keep + column / 8;
+    const Index t = band.first_token + token;
     Tile<T, N> sum;
     sum.clear();
     outer(all.second.w.rows, Rows3<T>(all.second.left.row(t), all.second.left.stride), Panel<Weight>{w, step}, sum);
     sum.each([&](int m, int j, Packet v) __attribute__((always_inline)) {
-      float* const to = sums + m * panel + j * width;
-      store(to, add(scaled(place.keep + (token + m) * place.keep_pitch, j, load(to)), v));
+      float* const to = sums + m * band.pitch + j * width;
+      store(to, add(scaled(keep + (token + m) * band.keep_pitch, j, load(to)), v));
     });
   }
   /// v · scale, with dropout: what becomes of packet j of a panel of sums of the first product.
@@ -541,32 +567,36 @@ struct GroupedSpread {
     if (!all.dropout.on()) return mul(splat(all.scale), v);
     return keep_lanes(mul(splat(all.scale * static_cast<float>(all.dropout.kept_scale())), v), keep, j * width);
   }
-  /// y (+)= what was summed.
-  void finish(const Place& place) const {
+  /// y (+)= what was summed, for the panel that begins at `column` of a band.
+  void finish(const Band& band, Index column) const {
     const bool side = all.second.w.rows != 0;
-    for (Index i = 0; i < selection->tokens(place.chunk); ++i) {
-      const Index t = place.chunk * selection->chunk() + i;
+    const std::uint8_t* const keep = band.keep + column / 8;
+    for (Index i = 0; i < selection->tokens(band.chunk); ++i) {
+      const Index t = band.first_token + i;
       if (all.idle != nullptr && all.idle[t] != 0) continue;
       Tile<1, packets> sum;
-      sum.load_from(place.partial + i * panel, panel);
+      sum.load_from(band.partial + i * band.pitch + column, panel);
       if (!side) {
         sum.set([&](int, int j, Packet v)
-                    __attribute__((always_inline)) { return scaled(place.keep + i * place.keep_pitch, j, v); });
+                    __attribute__((always_inline)) { return scaled(keep + i * band.keep_pitch, j, v); });
       }
       put(
-          sum, place.c, place.wide, [t](int) __attribute__((always_inline)) { return t; });
+          sum, band.c + column,
+          smaller(panel, band.columns - column), [t](int) __attribute__((always_inline)) { return t; });
     }
   }
 };
 
 template <class Y, class W, Major M>
-void GroupedSpread<Y, W, M>::run(Index chunk, Index n, Index c0, Index columns, bool natural, float* scratch) const {
-  const Index step = panel * all.ranks();
+void GroupedSpread<Y, W, M>::run(const Tuning& tuning, Index chunk, Index n, Index c0, Index columns,
+                                 float* scratch) const {
+  const bool natural = this->natural(tuning, *selection);
+  const Index step = panel * all.ranks(), band = band_of(tuning, *selection, columns);
   const Index copied = natural ? columns / panel * panel : 0;  // columns before are read where they lie
   float* const weights = scratch;
   float* const partial = weights + blocks_of(columns - copied, panel) * step;
   std::uint8_t* const keep =
-      reinterpret_cast<std::uint8_t*>(partial + (selection->most() == 1 ? 0 : selection->chunk() * panel));
+      reinterpret_cast<std::uint8_t*>(partial + (selection->most() == 1 ? 0 : selection->chunk() * band));
   copy_panels(all.first.w, c0 + copied, columns - copied, weights, step);
   copy_panels(all.second.w, c0 + copied, columns - copied, weights + panel * all.first.w.rows, step);
   for (Index c = chunk; c < chunk + n; ++c) {
@@ -575,7 +605,8 @@ void GroupedSpread<Y, W, M>::run(Index chunk, Index n, Index c0, Index columns, 
         keep_bits(all.dropout, c * selection->chunk() + i, c0, columns, keep + i * keep_pitch(columns));
       }
     }
-    const auto weights_of = [&](Index j, const auto& f) {
+    const auto weights_of = [&](Index column, const auto& f) {
+      const Index j = column - c0;
       if (j < copied) {
         if constexpr (M == Major::row) {
           f(Weights<W>{all.first.w.row(0) + c0 + j, all.second.w.rows == 0 ? nullptr : all.second.w.row(0) + c0 + j,
@@ -587,18 +618,18 @@ void GroupedSpread<Y, W, M>::run(Index chunk, Index n, Index c0, Index columns, 
       }
     };
     if (selection->most() == 1) {
-      selection->each_group_in(c, [&](Index g) { run_list(c, g, c0, columns, keep, weights_of); });
+      selection->each_group_in(c, [&](Index g, Index) { run_list(c, g, c0, columns, keep, weights_of); });
       run_list(c, selection->groups(), c0, columns, keep, weights_of);
       continue;
     }
-    RowWalk<Y> next{};
+    RowWalk next{};
     if (c + 1 < chunk + n)
       next = {all.y.row((c + 1) * selection->chunk()) + c0, all.y.stride, selection->tokens(c + 1), columns};
-    for (Index j = 0; j < columns; j += panel) {
-      const Place place{
-          c,    c * selection->chunk(), c0 + j, smaller(panel, columns - j), keep + j / 8, keep_pitch(columns), partial,
-          &next};
-      weights_of(j, [&](const auto& w) { run_panel(place, w); });
+    for (Index j = 0; j < columns; j += band) {
+      const Index wide = smaller(band, columns - j);
+      run_band(
+          {c, c * selection->chunk(), c0 + j, wide, keep + j / 8, keep_pitch(columns), partial, round_up(wide, panel)},
+          next, weights_of);
     }
   }
 }
@@ -617,14 +648,21 @@ struct GroupedTokenSum {
   static constexpr Index panel = SumPanel::columns;
   static constexpr Index sweep = 1008;  // columns of a job: a multiple of every panel, and of 8
   static constexpr Index ranks_of_job = 256;
-  static constexpr Index chunk = Selection::chunk_by_expert;
 
   /// Groups of one job: as many as have at most `ranks_of_job` ranks, one at least; all, where groups share ranks.
+  static Index groups_of_job(Index most_ranks) { return larger(1, ranks_of_job / larger(1, most_ranks)); }
   static Index groups_of_job(const Selection& s) {
-    return s.share_ranks() ? larger(1, s.groups()) : larger(1, ranks_of_job / larger(1, s.most_ranks()));
+    return s.share_ranks() ? larger(1, s.groups()) : groups_of_job(s.most_ranks());
+  }
+  /// How tokens are to be listed: one by one of many, where a row of x is copied less often for each of its experts than for
+  /// each job.
+  static Selection::By listing(const GateForm<float>& gate) {
+    const bool lists = blocks_of(gate.experts, groups_of_job(most_ranks_of(gate))) > gate.ids.cols;
+    return gate.ids.cols != 0 && lists ? Selection::By::one_of_many : Selection::By::expert;
   }
   static Index scratch(const Selection& s) {
-    return larger(ranks_of_job, s.most_ranks()) * sweep + chunk * (s.most() * round_up(s.most_ranks(), rows) + sweep) +
+    const Index copied = s.of_many() ? most_in_sum : s.chunk();
+    return larger(ranks_of_job, s.most_ranks()) * sweep + copied * (s.most() * round_up(s.most_ranks(), rows) + sweep) +
            sweep + 8 * width;
   }
 
@@ -636,6 +674,12 @@ struct GroupedTokenSum {
   /// where they lie share few sets of L1. The number changes no bit.
   static constexpr Index most_in_sum = 96, most_in_place = 24;
 
+  struct Job {
+    Index g0, groups, c0, columns;
+    Index r0, ranks;  // of these groups
+    float* sums;      // [columns / panel][ranks][panel]
+    float* scratch;
+  };
   /// One panel's columns of a list's rows.
   struct Listed {
     const float* first;  // of the chunk
@@ -654,6 +698,14 @@ struct GroupedTokenSum {
     }
     return true;
   }
+  /// Whether there is nothing to add to a group's ranks.
+  bool idle(Index g) const {
+    if (into != Into::add) return false;
+    for (Index c = 0; c < selection->chunks(); ++c) {
+      if (selection->list(c, g).count != 0) return false;
+    }
+    return true;
+  }
   /// [ranks / rows][n][rows] of a list's tokens.
   void gather(Index t0, const Selection::List& list, Index begin, Index ranks, float* to) const {
     for (Index i = 0; i < list.count; ++i) {
@@ -663,51 +715,97 @@ struct GroupedTokenSum {
       std::copy_n(row + r, ranks - r, to + r * list.count + i * rows);
     }
   }
+  /// Sums of group g in the panel at column j (+)= those of n tokens, their rows in `from`. `lefts`: what was gathered of a
+  /// list of `count`, from the first of the n on.
+  template <class B, class Next>
+  void add_tokens(const Job& job, Index g, Index j, Index n, const float* lefts, Index count, const B& from,
+                  Next& next) const {
+    in_steps<rows>(selection->rank_count(g), [&](auto m, Index r) {
+      SumPanel::tile<m, SumPanel::packets>(false, n, lefts + r / rows * rows * count + r % rows, from,
+                                           job.sums + j * job.ranks + (selection->rank_begin(g) - job.r0 + r) * panel,
+                                           next);
+    });
+  }
+  void add_chunk(const Job& job, Index c) const;
+  void add_lists(const Job& job, Index c) const;
 };
+
+/// A chunk's rows are copied once for all groups.
+template <class X, class G, Major M>
+void GroupedTokenSum<X, G, M>::add_chunk(const Job& job, Index c) const {
+  const Selection& s = *selection;
+  const Index t0 = c * s.chunk(), n = s.tokens(c), end = job.g0 + job.groups, columns = job.columns;
+  const Index copied =
+      in_place(c, job.g0, job.groups) ? columns / panel * panel : 0;  // columns before are read in place
+  float* const lefts = job.scratch;
+  float* const block = lefts + s.chunk() * s.most() * round_up(s.most_ranks(), rows);
+  SumPanel::copy(
+      x, [t0](Index i) { return t0 + i; }, n, job.c0 + copied, columns - copied, block, block + s.chunk() * sweep);
+  float* to = lefts;
+  for (Index g = job.g0; g < end; ++g) {
+    const Selection::List list = s.list(c, g);
+    gather(t0, list, s.rank_begin(g), s.rank_count(g), to);
+    to += list.count * round_up(s.rank_count(g), rows);
+  }
+  NoRows none;
+  for (Index j = 0; j < columns; j += panel) {
+    Listed from{block + (j - copied) * n, panel, nullptr};
+    if constexpr (std::is_same_v<X, float>) {
+      if (j < copied) from = {x.rows.row(t0) + job.c0 + j, x.rows.stride, nullptr};
+    }
+    const float* of_list = lefts;
+    for (Index g = job.g0; g < end; ++g) {
+      const Selection::List list = s.list(c, g);
+      const Cut cut(list.count, 1, j < copied ? most_in_place : most_in_sum, 1);
+      for (Index i = 0; i < list.count; i += cut.size) {
+        from.entries = list.entries + i;
+        add_tokens(job, g, j, smaller(cut.size, list.count - i), of_list + i * rows, list.count, from, none);
+      }
+      of_list += list.count * round_up(s.rank_count(g), rows);
+    }
+  }
+}
+
+/// Of many experts, whose groups meet few of a chunk's tokens: list by list.
+template <class X, class G, Major M>
+void GroupedTokenSum<X, G, M>::add_lists(const Job& job, Index c) const {
+  const Selection& s = *selection;
+  const Index t0 = c * s.chunk();
+  float* const lefts = job.scratch;
+  float* const block = lefts + most_in_sum * round_up(s.most_ranks(), rows);
+  for (Index g = job.g0; g < job.g0 + job.groups; ++g) {
+    const Selection::List list = s.list(c, g);
+    const Cut cut(list.count, 1, most_in_sum, 1);
+    for (Index i = 0; i < list.count; i += cut.size) {
+      const Selection::List part{list.entries + i, smaller(cut.size, list.count - i), list.first_entry + i};
+      gather(t0, part, s.rank_begin(g), s.rank_count(g), lefts);
+      SumPanel::copy(
+          x, [&](Index k) { return t0 + part.entries[k].token; }, part.count, job.c0, job.columns, block,
+          block + most_in_sum * sweep);
+      RowWalk none;
+      for (Index j = 0; j < job.columns; j += panel)
+        add_tokens(job, g, j, part.count, lefts, part.count, Panel<float>{block + j * part.count, panel}, none);
+    }
+  }
+}
 
 template <class X, class G, Major M>
 void GroupedTokenSum<X, G, M>::run(Index g0, Index groups, Index c0, Index columns, float* scratch) const {
   const Selection& s = *selection;
   const Index r0 = s.rank_begin(g0), ranks = s.rank_begin(g0 + groups - 1) + s.rank_count(g0 + groups - 1) - r0;
-  float* const sums = scratch;  // [columns / panel][ranks][panel]
-  float* const lefts = sums + ranks * sweep;
-  float* const block = lefts + chunk * s.most() * round_up(s.most_ranks(), rows);
-  float* const row = block + chunk * sweep;
-  std::fill_n(sums, ranks * SumPanel::whole(columns), 0.f);
-  for (Index c = 0; c < s.chunks(); ++c) {
-    const Index t0 = c * chunk, n = s.tokens(c);
-    const Index copied = in_place(c, g0, groups) ? columns / panel * panel : 0;  // columns before are read in place
-    SumPanel::copy(x, t0, n, c0 + copied, columns - copied, block, row);
-    float* end = lefts;
-    for (Index g = g0; g < g0 + groups; ++g) {
-      const Selection::List list = s.list(c, g);
-      gather(t0, list, s.rank_begin(g), s.rank_count(g), end);
-      end += list.count * round_up(s.rank_count(g), rows);
-    }
-    NoRows none;
+  const Job job{g0, groups, c0, columns, r0, ranks, scratch, scratch + ranks * sweep};
+  std::fill_n(job.sums, ranks * SumPanel::whole(columns), 0.f);
+  for (Index c = 0; c < s.chunks(); ++c) s.of_many() ? add_lists(job, c) : add_chunk(job, c);
+  const auto finish = [&](Index begin, Index count) {
     for (Index j = 0; j < columns; j += panel) {
-      Listed from{block + (j - copied) * n, panel, nullptr};
-      if constexpr (std::is_same_v<X, float>) {
-        if (j < copied) from = {x.rows.row(t0) + c0 + j, x.rows.stride, nullptr};
-      }
-      const float* left_of = lefts;
-      for (Index g = g0; g < g0 + groups; ++g) {
-        const Selection::List list = s.list(c, g);
-        const Cut cut(list.count, 1, j < copied ? most_in_place : most_in_sum, 1);
-        for (Index i = 0; i < list.count; i += cut.size) {
-          from.entries = list.entries + i;
-          in_steps<rows>(s.rank_count(g), [&](auto m, Index r) {
-            SumPanel::tile<m, SumPanel::packets>(false, smaller(cut.size, list.count - i),
-                                                 left_of + r / rows * rows * list.count + i * rows + r % rows, from,
-                                                 sums + j * ranks + (s.rank_begin(g) - r0 + r) * panel, none);
-          });
-        }
-        left_of += list.count * round_up(s.rank_count(g), rows);
-      }
+      SumPanel::finish(job.sums + j * ranks + (begin - r0) * panel, scale, into,
+                       out.block(begin, count, c0 + j, smaller(panel, columns - j)));
     }
+  };
+  if (!s.of_many()) return finish(r0, ranks);
+  for (Index g = g0; g < g0 + groups; ++g) {
+    if (!idle(g)) finish(s.rank_begin(g), s.rank_count(g));
   }
-  for (Index j = 0; j < columns; j += panel)
-    SumPanel::finish(sums + j * ranks, scale, into, out.block(r0, ranks, c0 + j, smaller(panel, columns - j)));
 }
 
 }  // namespace detail

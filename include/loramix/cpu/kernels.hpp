@@ -152,21 +152,28 @@ template <int M, int N, class X, class W>
 
 /// Asks for rows of x one after the other, two lines at each step, while something else is computed: the prefetcher of the
 /// machine follows a row, and does not follow the columns of a panel.
-template <class X>
 struct RowWalk {
-  const X* row = nullptr;
-  Index stride = 0, rows = 0, columns = 0;
-  Index c = 0;
+  const char* row = nullptr;
+  Index stride = 0, rows = 0, bytes = 0;  // from row to row, how many, of each
+  Index at = 0;
+
+  RowWalk() = default;
+  template <class X>
+  RowWalk(const X* first, Index stride_, Index rows_, Index columns)
+      : row(reinterpret_cast<const char*>(first)),
+        stride(stride_ * Index{sizeof(X)}),
+        rows(rows_),
+        bytes(columns * Index{sizeof(X)}) {}
 
   /// To be called at every k: acts at every `Every`-th, so that lines come as fast as they are used, not faster.
   template <int Every>
   [[gnu::always_inline]] void step(Index k) {
     if (k % Every != 0 || rows <= 0) return;
-    prefetch(row + c);
-    prefetch(row + c + 64 / sizeof(X));
-    c += 128 / sizeof(X);
-    if (c >= columns) {
-      c = 0;
+    prefetch(row + at);
+    prefetch(row + at + 64);
+    at += 128;
+    if (at >= bytes) {
+      at = 0;
       row += stride;
       --rows;
     }

@@ -86,8 +86,6 @@ class Selection {
   Index tokens(Index c) const { return smaller(chunk(), gate_.tokens - c * chunk()); }
   bool in_pairs() const { return in_pairs_; }
   bool of_many() const { return of_many_; }
-  /// Whether tokens are listed otherwise than by experts, chunk by short chunk.
-  bool apart() const { return in_pairs_ || of_many_; }
   /// Pairs: experts e ≤ f make group e · experts + f.
   Index groups() const {
     if (in_pairs_) return gate_.experts * gate_.experts;
@@ -124,11 +122,11 @@ class Selection {
     const std::int32_t* const begin = begin_.row(c) + g;
     return {entries_.row(c) + begin[0], begin[1] - begin[0], begin[0]};
   }
-  /// f(g) for the groups with tokens in chunk c, in order.
+  /// f(g, the one that follows) for the groups with tokens in chunk c, in order; groups() follows the last.
   template <class F>
   void each_group_in(Index c, F&& f) const {
     const std::int32_t* const open = open_.row(c);
-    for (Index i = 0; i < open[0]; ++i) f(Index{open[1 + i]});
+    for (Index i = 0, n = open[0]; i < n; ++i) f(Index{open[1 + i]}, i + 1 < n ? Index{open[2 + i]} : groups());
   }
 
   template <class E>

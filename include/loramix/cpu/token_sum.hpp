@@ -41,12 +41,12 @@ struct SumPanel {
   /// Columns of whole panels.
   static constexpr Index whole(Index n) { return round_up(n, columns); }
 
-  /// block[c / columns][i][c mod columns] = x̂[t + i, c0 + c] for i < n, c < wide; zeros behind the last column. `room`: for a
-  /// row of so many columns and 8 packets.
-  template <class X>
-  static void copy(const Input<X>& x, Index t, Index n, Index c0, Index wide, float* block, float* room) {
+  /// block[c / columns][i][c mod columns] = x̂[token(i), c0 + c] for i < n, c < wide; zeros behind the last column. `room`: for
+  /// a row of so many columns and 8 packets.
+  template <class X, class F>
+  static void copy(const Input<X>& x, const F& token, Index n, Index c0, Index wide, float* block, float* room) {
     for (Index i = 0; wide != 0 && i < n; ++i, block += columns) {
-      const float* const from = x.row(t + i, c0, wide, room);
+      const float* const from = x.row(token(i), c0, wide, room);
       Index c = 0;
       for (; c + columns <= wide; c += columns)
         unroll<packets>([&](auto j) __attribute__((always_inline)) {
@@ -209,9 +209,10 @@ void TokenSum<X, G, M>::run(Index r0, Index ranks, Index c0, Index columns, floa
   for (Index t = 0; t == 0 || t < tokens; t += step) {
     const Index n = smaller(step, tokens - t);
     for (Index r = 0; r < ranks; r += rows) gather(t, n, r0 + r, smaller(rows, ranks - r), lefts + r * n);
-    SumPanel::copy(x, t, n, c0 + copied, columns - copied, block, row);
+    SumPanel::copy(
+        x, [t](Index i) { return t + i; }, n, c0 + copied, columns - copied, block, row);
     // Rows that are copied are asked for a step ahead; where they are read in place, the machine follows them itself.
-    RowWalk<X> next{};
+    RowWalk next{};
     if (copied == 0 && x.direct() && t + n < tokens)
       next = {x.rows.row(t + n) + c0, x.rows.stride, smaller(step, tokens - t - n), columns};
     for (Index c = 0; c < columns; c += panel) {
