@@ -1,6 +1,7 @@
 // The number of threads never changes a bit (MATH.md section 6, i): with executors that prove that jobs overlapped.
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <vector>
 
 #include <loramix/core/thread_pool.hpp>
@@ -79,4 +80,28 @@ TEST_CASE("jobs that are inside their bodies at the same time do not disturb eac
     for (std::size_t i = 0; i < serial.size(); ++i) same = same && same_bits(serial[i], together[i]);
     CHECK(same);
   }
+}
+
+TEST_CASE("work is cut into jobs that cover it, evenly and in whole steps") {
+  Index wrong = 0, cuts = 0;
+  for (const Index step : {1, 6, 48}) {
+    for (const Index most : {step, 3 * step, 40 * step}) {
+      for (const Index lanes : {1, 2, 3, 16}) {
+        for (Index n = 0; n < 500; n += 1 + n / 7) {
+          const lm::cpu::detail::Cut cut(n, lanes, most, step);
+          Index end = 0, least = n, largest = 0;
+          for (Index job = 0; job < cut.jobs; ++job) {
+            const Index count = cut.count(job), whole = job + 1 < cut.jobs ? count : (count + step - 1) / step * step;
+            wrong += cut.begin(job) != end || count < 1 || count > most || whole % step != 0 ? 1 : 0;
+            least = std::min(least, whole), largest = std::max(largest, whole), end += count;
+          }
+          wrong += end != n || largest - least > step ? 1 : 0;
+          wrong += cut.jobs < std::min(lanes, (n + step - 1) / step) ? 1 : 0;  // no lane waits while there is work
+          ++cuts;
+        }
+      }
+    }
+  }
+  CHECK(wrong == 0);
+  CHECK(cuts > 1000);
 }

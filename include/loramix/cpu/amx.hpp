@@ -561,8 +561,7 @@ struct TileSum {
     be.run(columns.jobs * ranks.jobs, [&](Index i, Index lane) {
       const Index c = i % columns.jobs, r = i / columns.jobs;
       Tiles::configure();
-      sum.run(ranks.begin(r), ranks.count(r, sum.out.rows), columns.begin(c), columns.count(c, sum.out.cols), packed,
-              lanes.row(lane));
+      sum.run(ranks.begin(r), ranks.count(r), columns.begin(c), columns.count(c), packed, lanes.row(lane));
       Tiles::release();
     });
   }

@@ -61,19 +61,22 @@ struct PanelContraction {
 
   /// How the work is cut: ranks first where there are few tokens, for a rank is packed by one job then.
   struct Jobs {
-    Index ranks, rank_jobs, tokens, token_jobs;
-    Jobs(Index all_tokens, Index all_ranks, Index lanes) {
+    Index ranks, rank_jobs;
+    Cut tokens;
+    Jobs(Index all_tokens, Index all_ranks, Index lanes)
+        : ranks(ranks_of(all_tokens, all_ranks, lanes)),
+          rank_jobs(blocks_of(all_ranks, ranks)),
+          tokens(all_tokens, blocks_of(lanes, larger(1, rank_jobs)), larger(1, most_sums / ranks / group) * group,
+                 group) {}
+    Index count() const { return rank_jobs * tokens.jobs; }
+
+   private:
+    static Index ranks_of(Index tokens, Index ranks, Index lanes) {
       constexpr Index few = 512, wide = RegisterTile::wide * width, least = 2 * width;
-      const Index parts = all_tokens <= few ? larger(1, smaller(lanes, all_ranks / least)) : 1;
-      ranks = smaller(most_ranks, round_up(blocks_of(all_ranks, parts), parts == 1 ? wide : width));
-      ranks = larger(width, smaller(ranks, round_up(all_ranks, width)));
-      rank_jobs = blocks_of(all_ranks, ranks);
-      const Cut cut(all_tokens, blocks_of(lanes, larger(1, rank_jobs)), larger(1, most_sums / ranks / group) * group,
-                    group);
-      tokens = cut.size;
-      token_jobs = cut.jobs;
+      const Index parts = tokens <= few ? larger(1, smaller(lanes, ranks / least)) : 1;
+      const Index of_job = smaller(most_ranks, round_up(blocks_of(ranks, parts), parts == 1 ? wide : width));
+      return larger(width, smaller(of_job, round_up(ranks, width)));
     }
-    Index count() const { return rank_jobs * token_jobs; }
   };
 
   /// The ranks of the largest job, and the columns of a sweep.
@@ -150,9 +153,9 @@ struct PanelContraction {
 
 template <class X, class W, Major M>
 void PanelContraction<X, W, M>::run(const Jobs& jobs, Index job, float* scratch) const {
-  const Index r = job % jobs.rank_jobs * jobs.ranks, t0 = job / jobs.rank_jobs * jobs.tokens;
+  const Index r = job % jobs.rank_jobs * jobs.ranks, t0 = jobs.tokens.begin(job / jobs.rank_jobs);
   const Index ranks = smaller(jobs.ranks, w.ranks() - r), padded = round_up(ranks, width);
-  const Index n = smaller(jobs.tokens, x.rows.rows - t0);
+  const Index n = jobs.tokens.count(job / jobs.rank_jobs);
   float* const sums = scratch;
   float* const panels = sums + n * padded;
   for (Index k = 0; k < w.columns(); k += sweep) {

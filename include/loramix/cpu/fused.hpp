@@ -45,7 +45,7 @@ template <class E, class F>
 void over_rows(const Backend<E>& be, Index rows, const F& f) {
   const Cut cut(rows, be.lanes(), 128, 1);
   be.run(cut.jobs, [&](Index i, Index) {
-    for (Index t = cut.begin(i); t < cut.begin(i) + cut.count(i, rows); ++t) f(t);
+    for (Index t = cut.begin(i); t < cut.begin(i) + cut.count(i); ++t) f(t);
   });
 }
 template <class E>
@@ -102,7 +102,7 @@ struct Contraction {
     const Cut cut(tokens, wake ? blocks_of(be.lanes(), groups) : 1, dots.most, dots.rows);
     const auto job = [&](Index i, Index lane) {
       const Index r = i % groups * dots.columns, chunk = i / groups;
-      dots.run(cut.begin(chunk), cut.count(chunk, tokens), r, smaller(dots.columns, w.rows - r), lanes.row(lane));
+      dots.run(cut.begin(chunk), cut.count(chunk), r, smaller(dots.columns, w.rows - r), lanes.row(lane));
     };
     if (wake) return be.run(groups * cut.jobs, job);
     for (Index i = 0; i < groups * cut.jobs; ++i) job(i, 0);
@@ -119,9 +119,8 @@ void run_spread(const Backend<E>& be, const Spread<Y, W, M>& spread, MatrixView<
       const bool wake = tokens > few_tokens || spread.ranks() * columns * Index{sizeof(W)} > be.tuning.serial_bytes;
       const Cut cut(columns, wake ? be.lanes() : 1, columns, spread.panel);
       const bool far = spread.ranks() * columns > be.tuning.weights;
-      be.run(cut.jobs, [&](Index i, Index lane) {
-        spread.run_natural(cut.begin(i), cut.count(i, columns), far, scratch.row(lane));
-      });
+      be.run(cut.jobs,
+             [&](Index i, Index lane) { spread.run_natural(cut.begin(i), cut.count(i), far, scratch.row(lane)); });
       return;
     }
   }
@@ -131,8 +130,8 @@ void run_spread(const Backend<E>& be, const Spread<Y, W, M>& spread, MatrixView<
   const Cut chunks(tokens, blocks_of(lanes, blocks.jobs), tokens, spread.rows);
   be.run(blocks.jobs * chunks.jobs, [&](Index i, Index lane) {
     const Index block = i % blocks.jobs, chunk = i / blocks.jobs;
-    spread.run_packed(chunks.begin(chunk), chunks.count(chunk, tokens), blocks.begin(block),
-                      blocks.count(block, columns), scratch.row(lane));
+    spread.run_packed(chunks.begin(chunk), chunks.count(chunk), blocks.begin(block), blocks.count(block),
+                      scratch.row(lane));
   });
 }
 
@@ -140,12 +139,11 @@ void run_spread(const Backend<E>& be, const Spread<Y, W, M>& spread, MatrixView<
 template <class E, class X, class G, Major M>
 void run_token_sum(const Backend<E>& be, const TokenSum<X, G, M>& sum, MatrixView<float> scratch) {
   if (sum.out.data == nullptr || sum.out.empty()) return;
-  const Cut columns(sum.out.cols, be.lanes(), sum.sweep(), sum.panels),
+  const Cut columns(sum.out.cols, be.lanes(), sum.sweep(), SumPanel::step),
       ranks(sum.ranks(), 1, sum.ranks_of_job, sum.rows);
   be.run(columns.jobs * ranks.jobs, [&](Index i, Index lane) {
     const Index c = i % columns.jobs, r = i / columns.jobs;
-    sum.run(ranks.begin(r), ranks.count(r, sum.ranks()), columns.begin(c), columns.count(c, sum.out.cols),
-            scratch.row(lane));
+    sum.run(ranks.begin(r), ranks.count(r), columns.begin(c), columns.count(c), scratch.row(lane));
   });
 }
 
@@ -190,7 +188,7 @@ void run_grouped(const Backend<E>& be, const GroupedContraction<X, W, M>& job, M
   const Cut cut(s.chunks(), s.in_pairs() ? 1 : be.lanes(), job.most_chunks(s), 1);
   be.run(cut.jobs * parts, [&](Index i, Index lane) {
     const Index chunks = i / parts;
-    job.run_sweeps(cut.begin(chunks), cut.count(chunks, s.chunks()), i % parts, parts, lanes.row(lane));
+    job.run_sweeps(cut.begin(chunks), cut.count(chunks), i % parts, parts, lanes.row(lane));
   });
 }
 template <class E, class Y, class W, Major M>
@@ -200,12 +198,11 @@ void run_grouped(const Backend<E>& be, const GroupedSpread<Y, W, M>& spread, Mat
   const bool natural = spread.natural(be.tuning, s);
   const Index sweep = spread.sweep_of(be.tuning, s, spread.all.ranks(), columns);
   const Index lanes_used = be.lanes();
-  const Index wide = natural ? smaller(sweep, round_up(blocks_of(columns, lanes_used), column_panel)) : sweep;
-  const Index blocks = blocks_of(columns, wide);
-  const Cut cut(s.chunks(), lanes_used == 1 ? 1 : blocks_of(4 * lanes_used, blocks), s.chunks(), 1);
-  be.run(blocks * cut.jobs, [&](Index i, Index lane) {
-    const Index c = i % blocks * wide, chunk = i / blocks;
-    spread.run(be.tuning, cut.begin(chunk), cut.count(chunk, s.chunks()), c, smaller(wide, columns - c),
+  const Cut blocks(columns, natural ? lanes_used : 1, sweep, column_panel);
+  const Cut chunks(s.chunks(), lanes_used == 1 ? 1 : blocks_of(4 * lanes_used, blocks.jobs), s.chunks(), 1);
+  be.run(blocks.jobs * chunks.jobs, [&](Index i, Index lane) {
+    const Index block = i % blocks.jobs, chunk = i / blocks.jobs;
+    spread.run(be.tuning, chunks.begin(chunk), chunks.count(chunk), blocks.begin(block), blocks.count(block),
                lanes.row(lane));
   });
 }
@@ -214,11 +211,10 @@ void run_grouped(const Backend<E>& be, const GroupedTokenSum<X, G, M>& sum, Matr
   if (sum.out.data == nullptr || sum.out.empty()) return;
   const Selection& s = *sum.selection;
   const Index groups = sum.groups_of_job(s), group_jobs = blocks_of(s.groups(), groups);
-  const Cut columns(sum.out.cols, blocks_of(be.lanes(), group_jobs), sum.sweep, 6 * width);
-  const Index wide = smaller(sum.sweep, columns.size), blocks = blocks_of(sum.out.cols, wide);
-  be.run(blocks * group_jobs, [&](Index i, Index lane) {
-    const Index c = i % blocks * wide, g = i / blocks * groups;
-    sum.run(g, smaller(groups, s.groups() - g), c, smaller(wide, sum.out.cols - c), lanes.row(lane));
+  const Cut columns(sum.out.cols, blocks_of(be.lanes(), group_jobs), sum.sweep, SumPanel::step);
+  be.run(columns.jobs * group_jobs, [&](Index i, Index lane) {
+    const Index c = i % columns.jobs, g = i / columns.jobs * groups;
+    sum.run(g, smaller(groups, s.groups() - g), columns.begin(c), columns.count(c), lanes.row(lane));
   });
 }
 

@@ -757,9 +757,10 @@ void GroupedTokenSum<X, G, M>::add_chunk(const Job& job, Index c) const {
     for (Index g = job.g0; g < end; ++g) {
       const Selection::List list = s.list(c, g);
       const Cut cut(list.count, 1, j < copied ? most_in_place : most_in_sum, 1);
-      for (Index i = 0; i < list.count; i += cut.size) {
+      for (Index part = 0; part < cut.jobs; ++part) {
+        const Index i = cut.begin(part);
         from.entries = list.entries + i;
-        add_tokens(job, g, j, smaller(cut.size, list.count - i), of_list + i * rows, list.count, from, none);
+        add_tokens(job, g, j, cut.count(part), of_list + i * rows, list.count, from, none);
       }
       of_list += list.count * round_up(s.rank_count(g), rows);
     }
@@ -776,8 +777,8 @@ void GroupedTokenSum<X, G, M>::add_lists(const Job& job, Index c) const {
   for (Index g = job.g0; g < job.g0 + job.groups; ++g) {
     const Selection::List list = s.list(c, g);
     const Cut cut(list.count, 1, most_in_sum, 1);
-    for (Index i = 0; i < list.count; i += cut.size) {
-      const Selection::List part{list.entries + i, smaller(cut.size, list.count - i), list.first_entry + i};
+    for (Index i = 0; i < cut.jobs; ++i) {
+      const Selection::List part = list.inside(list.first_entry + cut.begin(i), list.first_entry + cut.begin(i + 1));
       gather(t0, part, s.rank_begin(g), s.rank_count(g), lefts);
       SumPanel::copy(
           x, [&](Index k) { return t0 + part.entries[k].token; }, part.count, job.c0, job.columns, block,

@@ -150,33 +150,45 @@ template <int M, int N, class X, class W>
         [n = depth - k](const auto* p) __attribute__((always_inline)) { return load_part(p, n); }, k);
 }
 
-/// Asks for rows of x one after the other, two lines at each step, while something else is computed: the prefetcher of the
-/// machine follows a row, and does not follow the columns of a panel.
+/// Asks for rows one after the other, line by line, while something else is computed: the prefetcher of the machine follows a
+/// row, and does not follow the columns of a panel.
 struct RowWalk {
   const char* row = nullptr;
   Index stride = 0, rows = 0, bytes = 0;  // from row to row, how many, of each
+  Index every = 1;                        // steps of `pace` from line to line, a power of two
   Index at = 0;
 
   RowWalk() = default;
   template <class X>
-  RowWalk(const X* first, Index stride_, Index rows_, Index columns)
+  RowWalk(const X* first, Index stride_, Index rows_, Index columns, Index every_ = 1)
       : row(reinterpret_cast<const char*>(first)),
         stride(stride_ * Index{sizeof(X)}),
         rows(rows_),
-        bytes(columns * Index{sizeof(X)}) {}
+        bytes(columns * Index{sizeof(X)}),
+        every(every_) {}
 
-  /// To be called at every k: acts at every `Every`-th, so that lines come as fast as they are used, not faster.
+  /// To be called at every k: acts at every `Every`-th, on two lines, so that they come as fast as they are used, not faster.
   template <int Every>
   [[gnu::always_inline]] void step(Index k) {
     if (k % Every != 0 || rows <= 0) return;
     prefetch(row + at);
     prefetch(row + at + 64);
-    at += 128;
-    if (at >= bytes) {
-      at = 0;
-      row += stride;
-      --rows;
-    }
+    advance(128);
+  }
+  /// The same for one line, at a pace that is known when it runs.
+  [[gnu::always_inline]] void pace(Index k) {
+    if ((k & (every - 1)) != 0 || rows <= 0) return;
+    prefetch(row + at);
+    advance(64);
+  }
+
+ private:
+  [[gnu::always_inline]] void advance(Index line) {
+    at += line;
+    if (at < bytes) return;
+    at = 0;
+    row += stride;
+    --rows;
   }
 };
 

@@ -19,8 +19,7 @@ namespace detail {
 
 /// No rows to ask for (see RowWalk).
 struct NoRows {
-  template <int Every>
-  [[gnu::always_inline]] void step(Index) {}
+  [[gnu::always_inline]] void pace(Index) {}
 };
 
 /// Where a tile leaves the registers for the gradient; nowhere: it stays in the sums.
@@ -36,7 +35,9 @@ struct SumPanel {
   static constexpr int packets = RegisterTile::sum_packets;
   static constexpr int rows = RegisterTile::sum_rows;
   static constexpr Index columns = packets * width;
-  static constexpr Index few_ranks = 32;  // up to here x may be read where it lies
+  static constexpr Index step =
+      columns % 8 == 0 ? columns : 2 * columns;  // of jobs: whole panels, whole blocks of dropout
+  static constexpr Index few_ranks = 32;         // up to here x may be read where it lies
 
   /// Columns of whole panels.
   static constexpr Index whole(Index n) { return round_up(n, columns); }
@@ -76,7 +77,7 @@ struct SumPanel {
       sum.load_from(sums, columns);
     Next walk = next;
     outer(
-        n, Columns{left, rows}, x, sum, [&](Index k) __attribute__((always_inline)) { walk.template step<4>(k); });
+        n, Columns{left, rows}, x, sum, [&](Index k) __attribute__((always_inline)) { walk.pace(k); });
     next = walk;
     if (leave.out == nullptr) return sum.store_to(sums, columns);
     const Packet factor = splat(leave.scale);
@@ -138,8 +139,7 @@ struct TokenSum {
 
   static constexpr int rows = SumPanel::rows;
   static constexpr Index panel = SumPanel::columns;
-  static constexpr Index panels = 2 * panel;  // a multiple of 8 columns too
-  static constexpr Index ranks_of_job = 160;
+  static constexpr Index ranks_of_job = 256;
 
   static Index ranks_of(Index ranks) { return round_up(smaller(ranks, ranks_of_job), rows); }
   /// Whether rows of x are read where they lie, but for the last columns.
@@ -148,11 +148,11 @@ struct TokenSum {
   static Index sweep_of(const Tuning& tuning, Index ranks, Index columns, bool direct) {
     const Index sums = tuning.weights / larger(1, ranks_of(ranks));
     const Index most = in_place(ranks, direct) ? sums : smaller(sums, 1024);
-    return larger(1, smaller(most, round_up(columns, panels)) / panels) * panels;
+    return larger(1, smaller(most, round_up(columns, SumPanel::step)) / SumPanel::step) * SumPanel::step;
   }
   /// Tokens whose products are added up in registers. Rows of x that are read where they lie share few sets of L1.
   static Index tokens_of(const Tuning& tuning, Index ranks) {
-    return ranks > SumPanel::few_ranks ? tuning.tokens_per_sum : larger(1, tuning.tokens_per_sum / 2);
+    return ranks > SumPanel::few_ranks ? tuning.tokens_per_sum : larger(1, tuning.tokens_per_sum / 4);
   }
   static Index scratch(const Tuning& tuning, Index ranks, Index columns, bool direct) {
     const Index sweep = sweep_of(tuning, ranks, columns, direct), most = ranks_of(ranks);
@@ -214,7 +214,7 @@ void TokenSum<X, G, M>::run(Index r0, Index ranks, Index c0, Index columns, floa
     // Rows that are copied are asked for a step ahead; where they are read in place, the machine follows them itself.
     RowWalk next{};
     if (copied == 0 && x.direct() && t + n < tokens)
-      next = {x.rows.row(t + n) + c0, x.rows.stride, smaller(step, tokens - t - n), columns};
+      next = {x.rows.row(t + n) + c0, x.rows.stride, smaller(step, tokens - t - n), columns, ranks < 96 ? 2 : 4};
     for (Index c = 0; c < columns; c += panel) {
       Panel<float> from{block + (c - copied) * n, panel};
       if constexpr (std::is_same_v<X, float>) {

@@ -40,7 +40,7 @@ struct Tuning {
   Grouping grouping = Grouping::automatic;
   Index sweep = 1024;            // columns of x or y in one sweep over the tokens, where weights are read as they lie
   Index weights = 128 * 1024;    // values of a block of packed weights, which stays in L2 during its sweep
-  Index tokens_per_sum = 48;     // tokens added to dA, dB before their sums leave the registers
+  Index tokens_per_sum = 96;     // tokens added to dA, dB before their sums leave the registers
   Index serial_bytes = 1 << 17;  // T ≤ 4: weights below which other threads are not worth waking
 };
 
@@ -81,17 +81,15 @@ constexpr bool grouping_pays(Index chosen, Index experts, Index ranks) {
   return ranks >= 16 && 2 * chosen <= experts;
 }
 
-/// How n pieces of work are cut for `lanes`: pieces per job and jobs, at most `most` pieces in a job, a multiple of
-/// `step` but for the last one.
+/// How n pieces of work are cut for `lanes`, evenly: at most `most` pieces in a job, multiples of `step` but for the last one.
 struct Cut {
-  Index size, jobs;
-  constexpr Cut(Index n, Index lanes, Index most, Index step) {
+  Index n, step, jobs;
+  constexpr Cut(Index n_, Index lanes, Index most, Index step_) : n(n_), step(step_) {
     const Index rounds = larger(1, blocks_of(n, larger(1, lanes) * most));
-    size = round_up(larger(1, blocks_of(n, rounds * larger(1, lanes))), step);
-    jobs = blocks_of(n, size);
+    jobs = smaller(rounds * larger(1, lanes), blocks_of(n, step));
   }
-  constexpr Index begin(Index job) const { return job * size; }
-  constexpr Index count(Index job, Index n) const { return smaller(size, n - job * size); }
+  constexpr Index begin(Index job) const { return smaller(n, blocks_of(n, step) * job / larger(1, jobs) * step); }
+  constexpr Index count(Index job) const { return begin(job + 1) - begin(job); }
 };
 
 }  // namespace detail
