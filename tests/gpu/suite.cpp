@@ -56,9 +56,11 @@ inline Stores stores_of(const std::string& name) {
 /// once per four products at least, which depth counts one by one.
 template <class S>
 double bound(const Tracked& want, int stores) {
-  const double computed = Tracked(want.value, want.absolute, want.depth + 4).bound(0x1p-24);
+  const double computed = Tracked(want.value, want.absolute, want.depth + 4, want.carried).bound(0x1p-24);
   if (!S::is_16bit || stores == 0) return computed;
-  const double before = (std::pow(1 + S::round_off, stores - 1) - 1) * (want.absolute + computed);
+  // `carried` is the terms of what went through a function, by its slope and many times over.
+  const double terms = want.absolute + want.carried + computed;
+  const double before = (std::pow(1 + S::round_off, stores - 1) - 1) * terms;
   return computed + before + S::round_off * (std::abs(want.value) + computed + before) + stores * S::underflow;
 }
 
