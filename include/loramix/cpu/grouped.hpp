@@ -1,5 +1,6 @@
 /// The three products for gates that close most experts: tokens are taken group by group (cpu/selection.hpp), by the
-/// addresses of their rows. Sums over tokens copy a chunk of rows into panels, once for all of its groups.
+/// addresses of their rows. Sums over tokens copy a chunk of rows into panels, once for all of its groups, or, where that is
+/// less, the rows of each list.
 ///
 /// Computes:    what cpu/contract.hpp, cpu/spread.hpp and cpu/token_sum.hpp compute, for the open ranks only.
 /// Reads:       as they do; U and dU of closed ranks are neither read nor computed.
@@ -374,7 +375,7 @@ struct GroupedSpread {
   static Index band_of(const Tuning& tuning, const Selection& s, Index sweep) {
     if (!s.of_many()) return panel;
     const Index whole = round_up(sweep, panel);
-    if (4 * s.tokens() * s.most() <= s.groups() * s.most_ranks()) return whole;
+    if (s.tokens() <= elements(s.groups(), s.most_ranks()) / (4 * s.most())) return whole;
     return larger(1, smaller(whole, tuning.weights / s.chunk()) / panel) * panel;
   }
   static Index scratch(const Tuning& tuning, const Selection& s, Index ranks, Index columns) {

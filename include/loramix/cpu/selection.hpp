@@ -69,7 +69,7 @@ class Selection {
   static constexpr Index chunk_by_expert = 128, chunk_by_pair = 512, chunk_of_many = 4096;
 
   Selection() = default;
-  /// `by` pairs: where lists_pairs; one of many: where many_experts.
+  /// `by` pairs: where lists_pairs; one of many, whose lists are long: where there are ids.
   Selection(Arena<>& arena, const GateForm<float>& gate, By by = By::expert)
       : gate_(gate),
         in_pairs_(by == By::pair),
