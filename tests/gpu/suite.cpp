@@ -46,7 +46,7 @@ struct Stores {
 };
 inline Stores stores_of(const std::string& name) {
   const auto says = [&](const char* word) { return name.find(word) != std::string::npos; };
-  if (says("mix_lora")) return says("jitter") ? Stores{7, 10, 8} : Stores{6, 9, 6};
+  if (says("mixlora")) return says("jitter") ? Stores{7, 10, 8} : Stores{6, 9, 6};
   if (says("jitter")) return {2, 6, 5};
   if (says("fused_lora")) return {1, 3, 0};
   return {1, 2, 0};
