@@ -9,6 +9,8 @@
 /// Determinism: an output depends on its row of x only, and not on threads.
 /// Example:     ops/shrink.hpp
 #pragma once
+#include <algorithm>
+
 #include <loramix/cpu/dropout.hpp>
 #include <loramix/cpu/panels.hpp>
 
@@ -55,6 +57,8 @@ struct PanelContraction {
 
   /// Tokens that go by together: rows of the widest tiles, and of two of the others.
   static constexpr Index group = RegisterTile::rows_of(1);
+  /// The same up to two packets of ranks: rows that lie whole pages apart share one set of L1, of 8 or 12 ways.
+  static constexpr Index narrow_group = 8, narrow = 2 * width;
   static constexpr Index most_ranks = 256;
   static constexpr Index most_sums = 1 << 18;  // a megabyte
   static constexpr Index converted = 256;      // columns
@@ -120,10 +124,15 @@ struct PanelContraction {
       }
       RowWalk next = behind(t, g, k, k + c + columns);
       for_panels(padded, [&](auto packets, Index begin) {
-        in_steps<RegisterTile::rows_of(packets)>(g, [&](auto m, Index i) {
+        const auto run = [&](auto m, Index i) {
           tile<m, packets>(columns, rows + i * stride, stride, panels + begin * n + c * packets * width,
                            sums + i * padded + begin, padded, k + c == 0, next);
-        });
+        };
+        constexpr int most = RegisterTile::rows_of(packets);
+        if (padded > narrow)
+          in_steps<most>(g, run);
+        else
+          in_steps<smaller(most, narrow_group)>(g, run);
       });
     }
   }
@@ -161,9 +170,9 @@ void PanelContraction<X, W, M>::run(const Jobs& jobs, Index job, float* scratch)
   for (Index k = 0; k < w.columns(); k += sweep) {
     const Index columns = smaller(sweep, w.columns() - k);
     pack(w, r, ranks, k, columns, panels);
-    for (Index t = 0; t < n; t += group) {
-      tokens_by(t0 + t, smaller(group, n - t), k, columns, panels, padded, sums + t * padded,
-                panels + padded * columns);
+    const Index step = padded > narrow ? group : narrow_group;
+    for (Index t = 0; t < n; t += step) {
+      tokens_by(t0 + t, smaller(step, n - t), k, columns, panels, padded, sums + t * padded, panels + padded * columns);
     }
   }
   const Index begin_of_second = w.begin_of_second();
@@ -175,7 +184,8 @@ void PanelContraction<X, W, M>::run(const Jobs& jobs, Index job, float* scratch)
   }
 }
 
-/// A contraction on weights as they lie, by dot products: few ranks, or few tokens.
+/// A contraction by dot products: few ranks, or few tokens. Weights are read as they lie, or, where more than a few tokens
+/// meet them, from a copy in L1: their rows begin at lines there, and no two of them share a set.
 template <class X, class W>
 struct DotContraction {
   Input<X> x;
@@ -186,18 +196,32 @@ struct DotContraction {
 
   static constexpr int columns = RegisterTile::dot_columns;
   static constexpr int rows = RegisterTile::dot_rows;
-  static constexpr Index most = 63;  // tokens in a job
+  static constexpr Index most = 126;          // tokens in a job
+  static constexpr Index least_of_copy = 8;   // tokens
+  static constexpr Index copied = 512;        // columns of the copy: half of L1
+  static constexpr Index cached_tokens = 64;  // more rows of x are asked for ahead; weights, where there are fewer
 
-  static Index scratch(Index depth, Index sweep) {
-    return most * columns * width + rows * (round_up(smaller(sweep, depth), width) + width);
+  /// Columns of a sweep over `tokens`.
+  static Index sweep_of(const Tuning& tuning, Index tokens) {
+    const Index columns = detail::sweep_of(tuning);
+    if (tokens >= least_of_copy) return smaller(copied, columns);
+    return larger(1, few_tokens / larger(1, tokens)) * columns;
+  }
+  /// Floats of a lane, for any number of tokens.
+  static Index scratch(const Tuning& tuning, Index depth) {
+    return most * columns * width + columns * pitch(smaller(copied, depth)) +
+           rows * pitch(smaller(sweep_of(tuning, 1), depth));
   }
 
   /// Tokens [t0, t0 + n), ranks [r, r + ranks), at most `columns`.
   void run(Index t0, Index n, Index r, Index ranks, float* scratch) const;
 
  private:
-  template <int M, int N>
-  [[gnu::flatten, gnu::noinline]] void tile(Index t, Index k, Index length, Index r, float* sums, float* block) const {
+  static constexpr Index pitch(Index columns) { return round_up(columns, width) + width; }
+
+  template <int M, int N, class V>
+  [[gnu::flatten, gnu::noinline]] void tile(Index t, Index k, Index length, Index r, const V* weights, Index stride,
+                                            float* sums, float* block, RowWalk& next) const {
     Tile<M, N> c;
     if (k == 0)
       c.clear();
@@ -205,35 +229,67 @@ struct DotContraction {
       c.load_from(sums, N * width);
     if (x.dropout.on()) {
       const float* from[M];
-      const Index pitch = round_up(length, width) + width;
       for (int m = 0; m < M; ++m) {
-        x.convert(t + m, k, length, block + m * pitch);
-        from[m] = block + m * pitch;
+        from[m] = block + m * pitch(length);
+        x.convert(t + m, k, length, block + m * pitch(length));
       }
-      dot(length, from, w.row(r) + k, w.stride, c);
+      dot(length, from, weights, stride, c);
     } else {
       const X* from[M];
       for (int m = 0; m < M; ++m) from[m] = x.rows.row(t + m) + k;
-      dot(length, from, w.row(r) + k, w.stride, c);
+      RowWalk walk = next;
+      if (x.rows.rows > cached_tokens)
+        dot(
+            length, from, weights, stride, c,
+            [&, ahead = rows * x.rows.stride ](Index i) __attribute__((always_inline)) {
+              unroll<M>([&](auto m) __attribute__((always_inline)) { prefetch(from[m] + i + ahead); });
+            });
+      else
+        dot(
+            length, from, weights, stride,
+            c, [&](Index i) __attribute__((always_inline)) { walk.template step<width>(i); });
+      next = walk;
     }
     if (k + sweep < w.cols)
       c.store_to(sums, N * width);
     else
-      c.each([&](int m, int n, Packet v) __attribute__((always_inline)) { out(t + m, r + n) = scale * sum(v); });
+      c.each([&](int m, int n, Packet v) __attribute__((always_inline)) {
+        if (r + n < out.cols) out(t + m, r + n) = scale * sum(v);
+      });
   }
 };
 
 template <class X, class W>
 void DotContraction<X, W>::run(Index t0, Index n, Index r, Index ranks, float* scratch) const {
-  float* const block = scratch + most * columns * width;
   const Index depth = w.cols;
+  float* const copy = scratch + most * columns * width;
+  float* const block = copy + columns * pitch(smaller(copied, depth));
   for (Index k = 0; k < depth; k += sweep) {
     const Index length = smaller(sweep, depth - k);
-    in_steps<rows>(n, [&](auto m, Index t) {
-      in_steps<columns>(ranks, [&](auto c, Index j) {
-        tile<m, c>(t0 + t, k, length, r + j, scratch + (t * columns + j * m) * width, block);
+    RowWalk next{};
+    const auto multiply = [&](const auto* weights, Index stride, Index of) {
+      in_steps<rows>(n, [&](auto m, Index t) {
+        in_steps<columns>(of, [&](auto c, Index j) {
+          tile<m, c>(t0 + t, k, length, r + j, weights + j * stride, stride, scratch + (t * columns + j * m) * width,
+                     block, next);
+        });
       });
-    });
+    };
+    if (n < least_of_copy) {
+      multiply(w.row(r) + k, w.stride, ranks);
+      continue;
+    }
+    // Zeros behind the last rank: one wide tile rather than narrow ones, each of which reads x.
+    const Index padded = ranks > columns / 2 ? columns : ranks;
+    std::fill_n(copy + ranks * pitch(length), (padded - ranks) * pitch(length), 0.f);
+    for (Index j = 0; j < ranks; ++j) {
+      const W* const from = w.row(r + j) + k;
+      float* const to = copy + j * pitch(length);
+      over_packets(
+          length, [&](Index i, auto lanes) __attribute__((always_inline)) { store(to + i, lanes.load(from + i)); });
+    }
+    if (k + sweep < depth) next = {w.row(r) + k + sweep, w.stride, ranks, smaller(sweep, depth - k - sweep)};
+    multiply(static_cast<const float*>(copy), pitch(length), padded);
   }
 }
 

@@ -66,7 +66,7 @@ struct Contraction {
   /// Floats of a lane; `direct`: x is read where it lies.
   template <class E>
   Index scratch(const Backend<E>& be, Index tokens, bool direct) const {
-    const Index dots = M == Major::row ? DotContraction<float, W>::scratch(w.cols, sweep_of(be.tuning)) : 0;
+    const Index dots = M == Major::row ? DotContraction<float, W>::scratch(be.tuning, w.cols) : 0;
     if (w.rows == 0 || by_dots(be.tuning, tokens)) return dots;
     const Index ranks = Stacked<W, M>{w, second}.ranks();
     return larger(dots, PanelContraction<float, W, M>::scratch(be.tuning, tokens, ranks, w.cols, direct));
@@ -84,7 +84,8 @@ struct Contraction {
     }
     if constexpr (M == Major::row) {
       if (by_dots(be.tuning, tokens))
-        return run_dots(be, DotContraction<X, W>{x, w, sweep_of(be.tuning), scale, out}, lanes);
+        return run_dots(be, DotContraction<X, W>{x, w, DotContraction<X, W>::sweep_of(be.tuning, tokens), scale, out},
+                        lanes);
     }
     using Panels = PanelContraction<X, W, M>;
     const Stacked<W, M> both{w, second};
@@ -118,9 +119,11 @@ void run_spread(const Backend<E>& be, const Spread<Y, W, M>& spread, MatrixView<
     if (class_of(be.tuning, tokens) != TokenClass::many) {
       const bool wake = tokens > few_tokens || spread.ranks() * columns * Index{sizeof(W)} > be.tuning.serial_bytes;
       const Cut cut(columns, wake ? be.lanes() : 1, columns, spread.panel);
-      const bool far = spread.ranks() * columns > be.tuning.weights;
-      be.run(cut.jobs,
-             [&](Index i, Index lane) { spread.run_natural(cut.begin(i), cut.count(i), far, scratch.row(lane)); });
+      const bool in_streams = spread.in_streams();
+      be.run(cut.jobs, [&](Index i, Index lane) {
+        if (in_streams) return spread.run_streams(cut.begin(i), cut.count(i), scratch.row(lane));
+        spread.run_natural(cut.begin(i), cut.count(i), scratch.row(lane));
+      });
       return;
     }
   }

@@ -130,21 +130,25 @@ template <int M, int N, class A, class B, class Hint = NoHint>
 }
 
 /// tile[m][r] += x[m][k…] ∘ w[r, k…], lane by lane; what is behind the last whole packet is padded with zeros.
-template <int M, int N, class X, class W>
+/// `hint(k)` comes before each step: prefetches.
+template <int M, int N, class X, class W, class Hint = NoHint>
 [[gnu::always_inline]] inline void dot(Index depth, const X* const (&x)[M], const W* w, Index w_stride,
-                                       Tile<M, N>& tile) {
+                                       Tile<M, N>& tile, Hint&& hint = {}) {
   const auto step = [&](const auto& from, Index k) __attribute__((always_inline)) {
     Packet a[M];
     unroll<M>([&](auto m) __attribute__((always_inline)) { a[m] = from(x[m] + k); });
     unroll<N>([&](auto n) __attribute__((always_inline)) {
-      const Packet b = from(w + n * w_stride + k);
+      Packet b = from(w + n * w_stride + k);
+      if constexpr (M > 1) keep_in_register(b);
       unroll<M>([&](auto m) __attribute__((always_inline)) { tile.c[m][n] = fma(a[m], b, tile.c[m][n]); });
     });
   };
   Index k = 0;
-  for (; k + width <= depth; k += width)
+  for (; k + width <= depth; k += width) {
+    hint(k);
     step(
         [](const auto* p) __attribute__((always_inline)) { return load(p); }, k);
+  }
   if (k < depth)
     step(
         [n = depth - k](const auto* p) __attribute__((always_inline)) { return load_part(p, n); }, k);

@@ -34,17 +34,17 @@ template <class W>
 void pack_packet(MatrixView<const W> w, Index r, Index k0, Index n, float* to, Index step) {
   const Index ranks = w.rows - r;
   Index k = 0;
-  for (; ranks >= width && k + width <= n; k += width) {
+  for (; k + width <= n; k += width) {
     const W* const from = w.row(r) + k0 + k;
     Packet block[width];
     unroll<width>([&](auto j) __attribute__((always_inline)) {
-      block[j] = load(from + j * w.stride);
+      block[j] = j < ranks ? load(from + j * w.stride) : splat(0);
       prefetch(from + j * w.stride + 8 * width);
     });
     transpose(block);
     unroll<width>([&](auto j) __attribute__((always_inline)) { store(to + (k + j) * step, block[j]); });
   }
-  for (; k < n; ++k) {  // the last ranks, the last columns
+  for (; k < n; ++k) {  // the last columns
     for (Index j = 0; j < width; ++j) to[k * step + j] = j < ranks ? widen<float>(w(r + j, k0 + k)) : 0.f;
   }
 }

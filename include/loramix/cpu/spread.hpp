@@ -40,13 +40,19 @@ struct Spread {
 
   Index ranks() const { return first.w.rows + second.w.rows; }
 
-  static Index scratch(Index ranks, Index sweep) { return elements(ranks, sweep) + mask_values(sweep); }
+  static Index scratch(Index ranks, Index sweep) {
+    return larger(stream_values, elements(ranks, sweep) + mask_values(sweep));
+  }
 
   /// Tokens [t0, t0 + n) × columns [c0, c0 + columns), at most one sweep.
   void run_packed(Index t0, Index n, Index c0, Index columns, float* scratch) const;
 
-  /// All tokens × columns [c0, c0 + columns) of weights in rank-major order, as they lie; `far`: not in L2.
-  void run_natural(Index c0, Index columns, bool far, float* scratch) const requires(M == Major::row);
+  /// All tokens × columns [c0, c0 + columns) of weights in rank-major order, as they lie: panel by panel.
+  void run_natural(Index c0, Index columns, float* scratch) const requires(M == Major::row);
+
+  /// The same for a token or two or three: a few ranks at a time over long pieces of their rows, which come in streams.
+  void run_streams(Index c0, Index columns, float* scratch) const requires(M == Major::row);
+  bool in_streams() const { return y.rows < few_tokens && first.w.rows != 0 && second.w.rows == 0 && !dropout.on(); }
 
   /// Adds a row of n columns to y, or assigns it.
   [[gnu::noinline]] void part(Index t, Index c, Index n, const float* row) const {
@@ -60,6 +66,9 @@ struct Spread {
   }
 
  private:
+  static constexpr Index stream_values = 4096;  // sums of a piece: half of L1
+  static constexpr int stream_ranks = RegisterTile::many ? 8 : 4;
+
   static Index mask_pitch(Index columns) { return round_up(columns, 8 * width) / 8; }
   static Index mask_values(Index sweep) { return rows * mask_pitch(sweep) / 4 + width; }
   static const W* at(MatrixView<const W, Space::host, M> w, Index c) { return w.rows == 0 ? nullptr : &w(0, c); }
@@ -90,6 +99,36 @@ struct Spread {
     float block[T * N * width];
     sum.store_to(block, N * width);
     for (int i = 0; i < T; ++i) part(t + i, c, n, block + i * N * width);
+  }
+  /// T tokens from t on × n columns from c on: adds ranks [r, r + N) to the sums, and the sums of all to y.
+  template <int T, int N>
+  [[gnu::flatten, gnu::noinline]] void stream(Index t, Index r, Index c, Index n, float* sums) const {
+    const MatrixView<const W, Space::host, M> w = first.w;
+    const bool begins = r == 0, ends = r + N == w.rows;
+    constexpr Index pitch = stream_values / T;
+    const Packet factor = splat(scale);
+    Packet left[T][N];
+    unroll<T>([&](auto i) __attribute__((always_inline)) {
+      unroll<N>([&](auto j) __attribute__((always_inline)) { left[i][j] = splat(first.left(t + i, r + j)); });
+    });
+    const W* const from = &w(r, c);
+    over_packets(
+        n, [&](Index k, auto lanes) __attribute__((always_inline)) {
+          Packet sum[T];
+          unroll<T>([&](auto i)
+                        __attribute__((always_inline)) { sum[i] = begins ? splat(0) : load(sums + i * pitch + k); });
+          unroll<N>([&](auto j) __attribute__((always_inline)) {
+            const Packet b = lanes.load(from + j * w.stride + k);
+            unroll<T>([&](auto i) __attribute__((always_inline)) { sum[i] = fma(left[i][j], b, sum[i]); });
+          });
+          unroll<T>([&](auto i) __attribute__((always_inline)) {
+            if (!ends) return store(sums + i * pitch + k, sum[i]);
+            if (idle != nullptr && idle[t + i] != 0) return;
+            Y* const to = y.row(t + i) + c + k;
+            const Packet v = mul(factor, sum[i]);
+            lanes.store(to, into == Into::add ? add(lanes.load(to), v) : v);
+          });
+        });
   }
   /// Adds a tile to y, or assigns it.
   template <int T, int N>
@@ -130,7 +169,7 @@ void Spread<Y, W, M>::run_packed(Index t0, Index n, Index c0, Index columns, flo
 }
 
 template <class Y, class W, Major M>
-void Spread<Y, W, M>::run_natural(Index c0, Index columns, bool far, float* scratch) const requires(M == Major::row) {
+void Spread<Y, W, M>::run_natural(Index c0, Index columns, float* scratch) const requires(M == Major::row) {
   std::uint8_t* const keep = reinterpret_cast<std::uint8_t*>(scratch);
   const Index tokens = y.rows;
   for (Index c = 0; c < columns; c += panel) {
@@ -147,12 +186,23 @@ void Spread<Y, W, M>::run_natural(Index c0, Index columns, bool far, float* scra
         tile<m, packets, ask>(t, c0 + c, n, at(first.w, c0 + c), first.w.stride, at(second.w, c0 + c), second.w.stride,
                               {keep, rows, panel / 8, mask_pitch(panel)});
       };
-      if (far && t == 0 && c + panel < columns)
+      if (t == 0 && c + panel < columns)
         run(std::true_type{});
       else
         run(std::false_type{});
     });
   }
+}
+
+template <class Y, class W, Major M>
+void Spread<Y, W, M>::run_streams(Index c0, Index columns, float* scratch) const requires(M == Major::row) {
+  in_steps<2>(y.rows, [&](auto m, Index t) {
+    constexpr Index piece = stream_values / m;
+    for (Index c = 0; c < columns; c += piece) {
+      in_steps<stream_ranks>(
+          first.w.rows, [&](auto n, Index r) { stream<m, n>(t, r, c0 + c, smaller(piece, columns - c), scratch); });
+    }
+  });
 }
 
 }  // namespace detail

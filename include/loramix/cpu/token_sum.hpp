@@ -22,6 +22,19 @@ struct NoRows {
   [[gnu::always_inline]] void pace(Index) {}
 };
 
+/// Rows to ask for while sums are added up: those of the next step, one after the other, where they will be copied, or, where
+/// rows are read as they lie, the lines of the panel after next, row by row as those in use.
+struct ComingRows {
+  RowWalk next{};
+  const char* lines = nullptr;  // of the first row
+  Index stride = 0;             // bytes
+
+  [[gnu::always_inline]] void pace(Index k) {
+    if (lines == nullptr) return next.pace(k);
+    for (int i = 0; i < RegisterTile::sum_packets * width; i += 16) prefetch(lines + k * stride + 4 * i);
+  }
+};
+
 /// Where a tile leaves the registers for the gradient; nowhere: it stays in the sums.
 struct GradientTile {
   float* out = nullptr;
@@ -165,7 +178,7 @@ struct TokenSum {
   void run(Index r0, Index ranks, Index c0, Index columns, float* scratch) const;
 
  private:
-  /// to[i][j] = left(t + i, r + j): what a tile reads lies together.
+  /// to[i][j] = left(t + i, r + j): what a tile reads lies together; zeros behind the last rank.
   void gather(Index t, Index n, Index r, Index ranks, float* to) const {
     if (ranks == rows && r + rows <= out.rows) {
       for (Index i = 0; i < n; ++i, to += rows) std::copy_n(left.row(t + i) + r, rows, to);
@@ -175,6 +188,7 @@ struct TokenSum {
     for (Index i = 0; i < n; ++i, to += rows) {
       if (here > 0) std::copy_n(left.row(t + i) + r, here, to);
       if (here < ranks) std::copy_n(second_left.row(t + i) + (r + here - out.rows), ranks - here, to + here);
+      std::fill_n(to + ranks, rows - ranks, 0.f);
     }
   }
   /// Whether a panel's tiles go from registers into the gradient: no tile is in both of them, none is cut.
@@ -201,6 +215,8 @@ struct TokenSum {
 template <class X, class G, Major M>
 void TokenSum<X, G, M>::run(Index r0, Index ranks, Index c0, Index columns, float* scratch) const {
   const Index tokens = left.rows, step = tokens_of(tuning, ranks), of_panel = round_up(ranks, rows) * panel;
+  // A tile that lacks one rank is a wide one, with zeros: narrow ones would read x several times. Where sums stay, that is.
+  const Index padded = ranks % rows == rows - 1 && tokens > step ? round_up(ranks, rows) : ranks;
   const Index copied = in_place(ranks, x.direct()) ? columns / panel * panel : 0;  // columns before are read in place
   float* const sums = scratch;                                                     // [columns / panel][ranks][panel]
   float* const lefts = sums + blocks_of(columns, panel) * of_panel;
@@ -211,21 +227,26 @@ void TokenSum<X, G, M>::run(Index r0, Index ranks, Index c0, Index columns, floa
     for (Index r = 0; r < ranks; r += rows) gather(t, n, r0 + r, smaller(rows, ranks - r), lefts + r * n);
     SumPanel::copy(
         x, [t](Index i) { return t + i; }, n, c0 + copied, columns - copied, block, row);
-    // Rows that are copied are asked for a step ahead; where they are read in place, the machine follows them itself.
-    RowWalk next{};
+    // Rows that are copied are asked for a step ahead; of those that are read in place, two panels ahead.
+    ComingRows coming{};
     if (copied == 0 && x.direct() && t + n < tokens)
-      next = {x.rows.row(t + n) + c0, x.rows.stride, smaller(step, tokens - t - n), columns, ranks < 96 ? 2 : 4};
+      coming.next = {x.rows.row(t + n) + c0, x.rows.stride, smaller(step, tokens - t - n), columns, ranks < 96 ? 2 : 4};
     for (Index c = 0; c < columns; c += panel) {
       Panel<float> from{block + (c - copied) * n, panel};
       if constexpr (std::is_same_v<X, float>) {
-        if (c < copied && n > 0) from = {x.rows.row(t) + c0 + c, x.rows.stride};
+        if (c < copied && n > 0) {
+          from = {x.rows.row(t) + c0 + c, x.rows.stride};
+          coming.lines = reinterpret_cast<const char*>(from.p + 2 * panel);
+          coming.stride = from.step * Index{sizeof(float)};
+        }
       }
       const Index wide = smaller(panel, columns - c);
-      const bool last = t + n >= tokens, leaves = last && whole_tiles_leave(wide);
-      in_steps<rows>(ranks, [&](auto m, Index r) {
+      const bool last = t + n >= tokens, leaves = last && padded == ranks && whole_tiles_leave(wide);
+      in_steps<rows>(padded, [&](auto m, Index r) {
         SumPanel::tile<m, SumPanel::packets>(t == 0, n, lefts + r / rows * rows * n + r % rows, from,
-                                             sums + c / panel * of_panel + r * panel, next,
+                                             sums + c / panel * of_panel + r * panel, coming,
                                              leaves ? leave(r0 + r, c0 + c) : GradientTile{});
+        coming.lines = nullptr;  // once is enough
       });
       if (last && !leaves) finish(r0, ranks, c0 + c, wide, sums + c / panel * of_panel);
     }
