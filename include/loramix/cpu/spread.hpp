@@ -69,6 +69,11 @@ struct Spread {
   static constexpr Index stream_values = 4096;  // sums of a piece: half of L1
   static constexpr int stream_ranks = RegisterTile::many ? 8 : 4;
 
+  /// Whether tiles are short beside the rows of y that they are added to, and those are in no L2.
+  bool waits_for_y() const {
+    return into == Into::add && ranks() <= 32 && y.rows > some_tokens && elements(y.rows, y.cols) > 1 << 20;
+  }
+
   static Index mask_pitch(Index columns) { return round_up(columns, 8 * width) / 8; }
   static Index mask_values(Index sweep) { return rows * mask_pitch(sweep) / 4 + width; }
   static const W* at(MatrixView<const W, Space::host, M> w, Index c) { return w.rows == 0 ? nullptr : &w(0, c); }
@@ -79,6 +84,12 @@ struct Spread {
                                             Index step2, MatrixView<const std::uint8_t> keep) const {
     Tile<T, N> sum;
     sum.clear();
+    if (waits_for_y()) {
+      const Y* const later = y.row(t) + c + 4 * panel;
+      unroll<T>([&](auto i) __attribute__((always_inline)) {
+        unroll<N>([&](auto j) __attribute__((always_inline)) { prefetch(later + i * y.stride + j * width); });
+      });
+    }
     const auto ask = [&](Index r) __attribute__((always_inline)) {
       if constexpr (Ask)
         unroll<N>([&](auto j) __attribute__((always_inline)) { prefetch(w1 + r * step1 + panel + j * width); });
