@@ -718,13 +718,11 @@ struct GroupedTokenSum {
   }
   /// Sums of group g in the panel at column j (+)= those of n tokens, their rows in `from`. `lefts`: what was gathered of a
   /// list of `count`, from the first of the n on.
-  template <class B, class Next>
-  void add_tokens(const Job& job, Index g, Index j, Index n, const float* lefts, Index count, const B& from,
-                  Next& next) const {
+  template <class B>
+  void add_tokens(const Job& job, Index g, Index j, Index n, const float* lefts, Index count, const B& from) const {
     in_steps<rows>(selection->rank_count(g), [&](auto m, Index r) {
       SumPanel::tile<m, SumPanel::packets>(false, n, lefts + r / rows * rows * count + r % rows, from,
-                                           job.sums + j * job.ranks + (selection->rank_begin(g) - job.r0 + r) * panel,
-                                           next);
+                                           job.sums + j * job.ranks + (selection->rank_begin(g) - job.r0 + r) * panel);
     });
   }
   void add_chunk(const Job& job, Index c) const;
@@ -748,7 +746,6 @@ void GroupedTokenSum<X, G, M>::add_chunk(const Job& job, Index c) const {
     gather(t0, list, s.rank_begin(g), s.rank_count(g), to);
     to += list.count * round_up(s.rank_count(g), rows);
   }
-  NoRows none;
   for (Index j = 0; j < columns; j += panel) {
     Listed from{block + (j - copied) * n, panel, nullptr};
     if constexpr (std::is_same_v<X, float>) {
@@ -761,7 +758,7 @@ void GroupedTokenSum<X, G, M>::add_chunk(const Job& job, Index c) const {
       for (Index part = 0; part < cut.jobs; ++part) {
         const Index i = cut.begin(part);
         from.entries = list.entries + i;
-        add_tokens(job, g, j, cut.count(part), of_list + i * rows, list.count, from, none);
+        add_tokens(job, g, j, cut.count(part), of_list + i * rows, list.count, from);
       }
       of_list += list.count * round_up(s.rank_count(g), rows);
     }
@@ -784,9 +781,8 @@ void GroupedTokenSum<X, G, M>::add_lists(const Job& job, Index c) const {
       SumPanel::copy(
           x, [&](Index k) { return t0 + part.entries[k].token; }, part.count, job.c0, job.columns, block,
           block + most_in_sum * sweep);
-      RowWalk none;
       for (Index j = 0; j < job.columns; j += panel)
-        add_tokens(job, g, j, part.count, lefts, part.count, Panel<float>{block + j * part.count, panel}, none);
+        add_tokens(job, g, j, part.count, lefts, part.count, Panel<float>{block + j * part.count, panel});
     }
   }
 }

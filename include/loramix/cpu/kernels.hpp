@@ -159,17 +159,15 @@ template <int M, int N, class X, class W, class Hint = NoHint>
 struct RowWalk {
   const char* row = nullptr;
   Index stride = 0, rows = 0, bytes = 0;  // from row to row, how many, of each
-  Index every = 1;                        // steps of `pace` from line to line, a power of two
   Index at = 0;
 
   RowWalk() = default;
   template <class X>
-  RowWalk(const X* first, Index stride_, Index rows_, Index columns, Index every_ = 1)
+  RowWalk(const X* first, Index stride_, Index rows_, Index columns)
       : row(reinterpret_cast<const char*>(first)),
         stride(stride_ * Index{sizeof(X)}),
         rows(rows_),
-        bytes(columns * Index{sizeof(X)}),
-        every(every_) {}
+        bytes(columns * Index{sizeof(X)}) {}
 
   /// To be called at every k: acts at every `Every`-th, on two lines, so that they come as fast as they are used, not faster.
   template <int Every>
@@ -177,18 +175,7 @@ struct RowWalk {
     if (k % Every != 0 || rows <= 0) return;
     prefetch(row + at);
     prefetch(row + at + 64);
-    advance(128);
-  }
-  /// The same for one line, at a pace that is known when it runs.
-  [[gnu::always_inline]] void pace(Index k) {
-    if ((k & (every - 1)) != 0 || rows <= 0) return;
-    prefetch(row + at);
-    advance(64);
-  }
-
- private:
-  [[gnu::always_inline]] void advance(Index line) {
-    at += line;
+    at += 128;
     if (at < bytes) return;
     at = 0;
     row += stride;

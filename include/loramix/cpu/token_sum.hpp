@@ -17,21 +17,20 @@ inline namespace LORAMIX_ABI {
 namespace cpu {
 namespace detail {
 
-/// No rows to ask for (see RowWalk).
-struct NoRows {
-  [[gnu::always_inline]] void pace(Index) {}
-};
-
-/// Rows to ask for while sums are added up: those of the next step, one after the other, where they will be copied, or, where
-/// rows are read as they lie, the lines of the panel after next, row by row as those in use.
-struct ComingRows {
-  RowWalk next{};
+/// The lines of a panel that comes soon, to be asked for row by row while another is added up.
+struct ComingPanel {
   const char* lines = nullptr;  // of the first row
-  Index stride = 0;             // bytes
+  Index stride = 0, bytes = 0;  // from row to row, of each
 
-  [[gnu::always_inline]] void pace(Index k) {
-    if (lines == nullptr) return next.pace(k);
-    for (int i = 0; i < RegisterTile::sum_packets * width; i += 16) prefetch(lines + k * stride + 4 * i);
+  ComingPanel() = default;
+  template <class X>
+  ComingPanel(const X* first, Index stride_, Index columns)
+      : lines(reinterpret_cast<const char*>(first)),
+        stride(stride_ * Index{sizeof(X)}),
+        bytes(columns * Index{sizeof(X)}) {}
+
+  [[gnu::always_inline]] void ask(Index k) const {
+    for (Index i = 0; i < bytes; i += 64) prefetch(lines + k * stride + i);
   }
 };
 
@@ -51,6 +50,7 @@ struct SumPanel {
   static constexpr Index step =
       columns % 8 == 0 ? columns : 2 * columns;  // of jobs: whole panels, whole blocks of dropout
   static constexpr Index few_ranks = 32;         // up to here x may be read where it lies
+  static constexpr Index rows_ahead = 4;         // of a copy, asked for
 
   /// Columns of whole panels.
   static constexpr Index whole(Index n) { return round_up(n, columns); }
@@ -62,9 +62,11 @@ struct SumPanel {
     for (Index i = 0; wide != 0 && i < n; ++i, block += columns) {
       const float* const from = x.row(token(i), c0, wide, room);
       Index c = 0;
+      const X* const later = x.rows.row(token(smaller(i + rows_ahead, n - 1))) + c0;
       for (; c + columns <= wide; c += columns)
         unroll<packets>([&](auto j) __attribute__((always_inline)) {
           store(block + c * n + j * width, load(from + c + j * width));
+          prefetch(later + c + j * width);
         });
       if (c == wide) continue;
       for (Index j = 0; j < columns; j += width) store(block + c * n + j, splat(0));
@@ -74,10 +76,10 @@ struct SumPanel {
     }
   }
 
-  /// sums [R, N packets] (+)= Σ_k left[k, i] · x(k), `left` and `sums` as they lie in blocks; `next`: rows to come.
-  template <int R, int N, class B, class Next>
+  /// sums [R, N packets] (+)= Σ_k left[k, i] · x(k), `left` and `sums` as they lie in blocks.
+  template <int R, int N, class B>
   [[gnu::flatten, gnu::noinline]] static void tile(bool first, Index n, const float* left, const B x, float* sums,
-                                                   Next& next, const GradientTile& leave = {}) {
+                                                   const ComingPanel coming = {}, const GradientTile& leave = {}) {
     Tile<R, N> sum;
     // The gradient is not in L2 where it is larger: its lines come while sums are added up.
     if (leave.out != nullptr)
@@ -88,10 +90,8 @@ struct SumPanel {
       sum.clear();
     else
       sum.load_from(sums, columns);
-    Next walk = next;
     outer(
-        n, Columns{left, rows}, x, sum, [&](Index k) __attribute__((always_inline)) { walk.pace(k); });
-    next = walk;
+        n, Columns{left, rows}, x, sum, [&](Index k) __attribute__((always_inline)) { coming.ask(k); });
     if (leave.out == nullptr) return sum.store_to(sums, columns);
     const Packet factor = splat(leave.scale);
     float* const to = leave.out;
@@ -227,17 +227,15 @@ void TokenSum<X, G, M>::run(Index r0, Index ranks, Index c0, Index columns, floa
     for (Index r = 0; r < ranks; r += rows) gather(t, n, r0 + r, smaller(rows, ranks - r), lefts + r * n);
     SumPanel::copy(
         x, [t](Index i) { return t + i; }, n, c0 + copied, columns - copied, block, row);
-    // Rows that are copied are asked for a step ahead; of those that are read in place, two panels ahead.
-    ComingRows coming{};
-    if (copied == 0 && x.direct() && t + n < tokens)
-      coming.next = {x.rows.row(t + n) + c0, x.rows.stride, smaller(step, tokens - t - n), columns, ranks < 96 ? 2 : 4};
     for (Index c = 0; c < columns; c += panel) {
       Panel<float> from{block + (c - copied) * n, panel};
+      // What is copied is asked for a step ahead, what is read in place two panels ahead.
+      ComingPanel coming;
+      if (copied == 0 && t + n < tokens) coming = {x.rows.row(t + n) + c0 + c, x.rows.stride, panel};
       if constexpr (std::is_same_v<X, float>) {
         if (c < copied && n > 0) {
           from = {x.rows.row(t) + c0 + c, x.rows.stride};
-          coming.lines = reinterpret_cast<const char*>(from.p + 2 * panel);
-          coming.stride = from.step * Index{sizeof(float)};
+          coming = {from.p + 2 * panel, from.step, panel};
         }
       }
       const Index wide = smaller(panel, columns - c);
@@ -246,7 +244,7 @@ void TokenSum<X, G, M>::run(Index r0, Index ranks, Index c0, Index columns, floa
         SumPanel::tile<m, SumPanel::packets>(t == 0, n, lefts + r / rows * rows * n + r % rows, from,
                                              sums + c / panel * of_panel + r * panel, coming,
                                              leaves ? leave(r0 + r, c0 + c) : GradientTile{});
-        coming.lines = nullptr;  // once is enough
+        coming = {};  // once is enough
       });
       if (last && !leaves) finish(r0, ranks, c0 + c, wide, sums + c / panel * of_panel);
     }
