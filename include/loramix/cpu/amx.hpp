@@ -211,7 +211,7 @@ inline void copy_row(const Input<bfloat16>& x, Index t, Index k, Index n, Index 
   const bfloat16* const from = x.rows.row(t) + k;
   Index j = 0;
   if (x.dropout.on()) {
-    std::uint8_t bits[512 / 8 + width];
+    std::uint8_t bits[keep_bytes(512)];
     keep_bits(x.dropout, t, k, n, bits);
     for (; j < n; ++j) to[j] = (bits[j / 8] >> (j % 8) & 1) != 0 ? from[j] : bfloat16{0};
   } else {
@@ -368,7 +368,7 @@ struct TileSpread {
       TileBlock::store_sums(sums + j, sweep);
     }
   }
-  static constexpr Index keep_pitch = sweep / 8 + width;
+  static constexpr Index keep_pitch = keep_bytes(sweep);
   float factor() const { return factor_of(all->dropout, all->scale); }
   void draw(Index t, Index n, Index c, Index columns, std::uint8_t* keep) const {
     for (Index i = 0; i < n; ++i) keep_bits(all->dropout, t + i, c, columns, keep + i * keep_pitch);

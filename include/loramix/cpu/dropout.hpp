@@ -3,7 +3,7 @@
 /// Computes:    the bits of Dropout::keep8 (core/draws.hpp) for whole rows, 8 · width columns in one run of Philox; and what
 ///              they do to values: x ∘ keep / (1 − p̄).
 /// Reads:       a Dropout; a row's bits [n / 8].
-/// Writes:      bits [n rounded up to 8 · width, / 8]; values [n] in place.
+/// Writes:      bits [keep_bytes(n)]; values [n] in place.
 /// Errors:      none.
 /// Cost:        about a cycle per column for the bits.
 /// Determinism: the bits of core/draws.hpp.
@@ -22,6 +22,7 @@ typedef unsigned long long Bits64 __attribute__((vector_size(4 * width)));
 /// Philox4x32-10 on width / 2 blocks: a word in the low half of each lane; what the high halves hold is never looked at.
 class PhiloxLanes {
  public:
+  PhiloxLanes() = default;
   [[gnu::always_inline]] PhiloxLanes(Bits64 block, std::uint32_t purpose, std::uint64_t token)
       : w0_(block), w1_(Bits64{} + purpose), w2_(Bits64{} + token), w3_(Bits64{} + (token >> 32)) {}
 
@@ -55,7 +56,14 @@ class PhiloxLanes {
   Bits64 w0_, w1_, w2_, w3_;
 };
 
-/// bits[i / 8] for columns [c0, c0 + n) of row t; c0 is a multiple of 8. Room for a multiple of `width` bytes.
+/// How many runs of Philox go side by side: a round waits for the one before it.
+inline constexpr int philox_runs = registers >= 32 ? 2 : 1;
+/// Columns that they serve.
+inline constexpr Index drawn_columns = 8 * width * philox_runs;
+/// Room for the bits of so many columns.
+constexpr Index keep_bytes(Index columns) { return (columns + drawn_columns - 1) / drawn_columns * drawn_columns / 8; }
+
+/// bits[i / 8] for columns [c0, c0 + n) of row t, keep_bytes(n) of them; c0 is a multiple of 8.
 inline void keep_bits(const Dropout& dropout, Index t, Index c0, Index n, std::uint8_t* bits) {
   if (dropout.mask != nullptr) {  // drawn before
     std::memcpy(bits, dropout.mask + t * dropout.mask_stride + c0 / 8, static_cast<std::size_t>((n + 7) / 8));
@@ -67,13 +75,14 @@ inline void keep_bits(const Dropout& dropout, Index t, Index c0, Index n, std::u
   for (int i = 0; i < width / 2; ++i) lane[i] = static_cast<unsigned>(2 * i);
   typedef std::uint16_t Halves __attribute__((vector_size(4 * width)));
   const Halves threshold = Halves{} + static_cast<std::uint16_t>(dropout.p16);
-  for (Index c = 0; c < n; c += 8 * width, bits += width) {
-    const Bits64 block = lane + static_cast<std::uint64_t>((c0 + c) / 8);
-    PhiloxLanes even(block, purpose, token), odd(block + 1u, purpose, token);
+  for (Index c = 0; c < n; c += drawn_columns, bits += drawn_columns / 8) {
+    PhiloxLanes lanes[2 * philox_runs];  // of even blocks, of odd blocks, of the next run's
+    unroll<2 * philox_runs>([&](auto i) {
+      lanes[i] = {lane + static_cast<std::uint64_t>((c0 + c) / 8 + i / 2 * width + i % 2), purpose, token};
+    });
     std::uint32_t k0 = static_cast<std::uint32_t>(dropout.key), k1 = static_cast<std::uint32_t>(dropout.key >> 32);
     unroll<10>([&](auto) {
-      even.round(k0, k1);
-      odd.round(k0, k1);
+      unroll<2 * philox_runs>([&](auto i) { lanes[i].round(k0, k1); });
       k0 += 0x9e3779b9u;
       k1 += 0xbb67ae85u;
     });
@@ -81,12 +90,15 @@ inline void keep_bits(const Dropout& dropout, Index t, Index c0, Index n, std::u
     const auto halves = [threshold](Bits32 w, std::uint32_t bits_of_word) {
       return (Bits32)((Halves)w >= threshold) & bits_of_word;
     };
-    const Bits32 kept = halves(even.with<0>(odd), 0x00020001u) | halves(even.with<1>(odd), 0x00080004u) |
-                        halves(even.with<2>(odd), 0x00200010u) | halves(even.with<3>(odd), 0x00800040u);
-    const Bits32 keep = kept | kept >> 16;
-    typedef std::uint8_t Bytes __attribute__((vector_size(width)));
-    const Bytes bytes = __builtin_convertvector(keep, Bytes);
-    std::memcpy(bits, &bytes, sizeof(bytes));
+    unroll<philox_runs>([&](auto run) {
+      const PhiloxLanes &even = lanes[2 * run], &odd = lanes[2 * run + 1];
+      const Bits32 kept = halves(even.with<0>(odd), 0x00020001u) | halves(even.with<1>(odd), 0x00080004u) |
+                          halves(even.with<2>(odd), 0x00200010u) | halves(even.with<3>(odd), 0x00800040u);
+      const Bits32 keep = kept | kept >> 16;
+      typedef std::uint8_t Bytes __attribute__((vector_size(width)));
+      const Bytes bytes = __builtin_convertvector(keep, Bytes);
+      std::memcpy(bits + run * width, &bytes, sizeof(bytes));
+    });
   }
 }
 
@@ -108,14 +120,16 @@ inline void keep_bits(const Dropout& dropout, Index t, Index c0, Index n, std::u
 template <class X>
 void drop(const Dropout& dropout, Index t, Index c0, Index n, const X* x, float* out) {
   const Packet scale = splat(static_cast<float>(dropout.kept_scale()));
-  for (Index c = 0; c < n; c += 8 * width) {
-    const Index columns = n - c < 8 * width ? n - c : 8 * width;
-    std::uint8_t drawn[width];
+  for (Index c = 0; c < n; c += drawn_columns) {
+    const Index columns = n - c < drawn_columns ? n - c : drawn_columns;
+    std::uint8_t drawn[keep_bytes(drawn_columns)];
     const std::uint8_t* bits = drawn;
-    if (dropout.mask != nullptr)
+    if (dropout.mask != nullptr) {
       bits = dropout.mask + t * dropout.mask_stride + (c0 + c) / 8;
-    else
+      prefetch(bits + 64);
+    } else {
       keep_bits(dropout, t, c0 + c, columns, drawn);
+    }
     Index i = 0;
     for (; i + width <= columns; i += width) store(out + c + i, keep_lanes(mul(load(x + c + i), scale), bits, i));
     if (i < columns) {

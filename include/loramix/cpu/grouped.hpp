@@ -382,15 +382,13 @@ struct GroupedSpread {
     const Index sweep = sweep_of(tuning, s, ranks, columns);
     const Index copied = natural(tuning, s) && s.of_many() ? panel : sweep;
     const Index sums = s.most() == 1 ? 0 : band_of(tuning, s, sweep);
-    return elements(ranks, copied) + s.chunk() * (sums + keep_pitch(sweep) / 4 + width);
+    return elements(ranks, copied) + s.chunk() * (sums + keep_bytes(sweep) / 4 + width);
   }
 
   /// Chunks [chunk, chunk + n) × columns [c0, c0 + columns), at most one sweep.
   void run(const Tuning& tuning, Index chunk, Index n, Index c0, Index columns, float* scratch) const;
 
  private:
-  static Index keep_pitch(Index columns) { return round_up(columns, 8 * width) / 8; }
-
   /// A tile is added to y, or assigned: `wide` columns from c on, row m of it to token_of(m).
   template <int T, int N, class F>
   [[gnu::always_inline]] void put(const Tile<T, N>& sum, Index c, Index wide, const F& token_of) const {
@@ -434,7 +432,7 @@ struct GroupedSpread {
       const bool consecutive = m == rows && list.consecutive(i, m);
       for (Index j = 0; j < columns; j += panel) {
         const Panels to{chunk * selection->chunk(), c0 + j, smaller(panel, columns - j), runs[0], runs[1], keep + j / 8,
-                        keep_pitch(columns)};
+                        keep_bytes(columns)};
         weights_of(c0 + j, [&](const auto& weights) {
           if constexpr (m == rows) {
             if (consecutive) return direct_tile<m, packets, true>(to, entries, weights);
@@ -603,7 +601,7 @@ void GroupedSpread<Y, W, M>::run(const Tuning& tuning, Index chunk, Index n, Ind
   for (Index c = chunk; c < chunk + n; ++c) {
     if (all.dropout.on()) {
       for (Index i = 0; i < selection->tokens(c); ++i) {
-        keep_bits(all.dropout, c * selection->chunk() + i, c0, columns, keep + i * keep_pitch(columns));
+        keep_bits(all.dropout, c * selection->chunk() + i, c0, columns, keep + i * keep_bytes(columns));
       }
     }
     const auto weights_of = [&](Index column, const auto& f) {
@@ -629,7 +627,7 @@ void GroupedSpread<Y, W, M>::run(const Tuning& tuning, Index chunk, Index n, Ind
     for (Index j = 0; j < columns; j += band) {
       const Index wide = smaller(band, columns - j);
       run_band(
-          {c, c * selection->chunk(), c0 + j, wide, keep + j / 8, keep_pitch(columns), partial, round_up(wide, panel)},
+          {c, c * selection->chunk(), c0 + j, wide, keep + j / 8, keep_bytes(columns), partial, round_up(wide, panel)},
           next, weights_of);
     }
   }

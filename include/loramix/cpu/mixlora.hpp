@@ -105,7 +105,7 @@ void mix_columns(Index n, const loramix::detail::MixMask& mask, Acc g, Acc* t1, 
   if constexpr (!std::is_same_v<Acc, float>) {
     loramix::detail::mix_row(SerialTeam{}, n, mask, g, t1, t3, sum);
   } else {
-    std::uint8_t drawn[tile_cols / 8 + width];
+    std::uint8_t drawn[keep_bytes(tile_cols)];
     const std::uint8_t* const bits = mix_bits(mask, n, drawn);
     const Packet weight = splat(g), kept = splat(static_cast<float>(mask.dropout.kept_scale()));
     over_packets(n, [&](Index c, auto lanes) {
@@ -121,7 +121,7 @@ Acc mix_columns_backward(Index n, const loramix::detail::MixMask& mask, Acc g, c
   if constexpr (!std::is_same_v<Acc, float> || !(std::is_same_v<X, float> || is_16bit<X>)) {
     return loramix::detail::mix_row_backward(SerialTeam{}, n, mask, g, dhbar, t1, t3, q, du, dv);
   } else {
-    std::uint8_t drawn[tile_cols / 8 + width];
+    std::uint8_t drawn[keep_bytes(tile_cols)];
     const std::uint8_t* const bits = mix_bits(mask, n, drawn);
     const Packet weight = splat(g), one = splat(1), kept = splat(static_cast<float>(mask.dropout.kept_scale()));
     Packet dg = splat(0);

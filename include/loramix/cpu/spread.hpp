@@ -74,8 +74,7 @@ struct Spread {
     return into == Into::add && ranks() <= 32 && y.rows > some_tokens && elements(y.rows, y.cols) > 1 << 20;
   }
 
-  static Index mask_pitch(Index columns) { return round_up(columns, 8 * width) / 8; }
-  static Index mask_values(Index sweep) { return rows * mask_pitch(sweep) / 4 + width; }
+  static Index mask_values(Index sweep) { return rows * keep_bytes(sweep) / 4 + width; }
   static const W* at(MatrixView<const W, Space::host, M> w, Index c) { return w.rows == 0 ? nullptr : &w(0, c); }
 
   /// `Ask`: for the weights of the next panel.
@@ -169,12 +168,12 @@ void Spread<Y, W, M>::run_packed(Index t0, Index n, Index c0, Index columns, flo
   in_steps<rows>(n, [&](auto m, Index i) {
     const Index t = t0 + i;
     if (dropout.on()) {
-      for (Index j = 0; j < m; ++j) keep_bits(dropout, t + j, c0, columns, keep + j * mask_pitch(columns));
+      for (Index j = 0; j < m; ++j) keep_bits(dropout, t + j, c0, columns, keep + j * keep_bytes(columns));
     }
     for (Index c = 0; c < columns; c += panel) {
       const float* const block = scratch + c / panel * step;
       tile<m, packets>(t, c0 + c, smaller(panel, columns - c), block, panel, block + panel * first.w.rows, panel,
-                       {keep + c / 8, rows, panel / 8, mask_pitch(columns)});
+                       {keep + c / 8, rows, panel / 8, keep_bytes(columns)});
     }
   });
 }
@@ -191,11 +190,11 @@ void Spread<Y, W, M>::run_natural(Index c0, Index columns, float* scratch) const
     }
     in_steps<rows>(tokens, [&](auto m, Index t) {
       if (dropout.on()) {
-        for (Index j = 0; j < m; ++j) keep_bits(dropout, t + j, c0 + c, n, keep + j * mask_pitch(panel));
+        for (Index j = 0; j < m; ++j) keep_bits(dropout, t + j, c0 + c, n, keep + j * keep_bytes(panel));
       }
       const auto run = [&](auto ask) {
         tile<m, packets, ask>(t, c0 + c, n, at(first.w, c0 + c), first.w.stride, at(second.w, c0 + c), second.w.stride,
-                              {keep, rows, panel / 8, mask_pitch(panel)});
+                              {keep, rows, panel / 8, keep_bytes(panel)});
       };
       if (t == 0 && c + panel < columns)
         run(std::true_type{});
