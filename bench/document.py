@@ -1,7 +1,12 @@
 #!/usr/bin/env python3
 """docs/benchmarks.md from results that are checked in: what stands between its markers is written anew.
 
-  bench/document.py      the newest of bench/results/*.json and bench/peers/results/*.json
+  bench/document.py
+
+A marker names what is written and the file that it is of:
+  classes FILE   bench/summary.py's tables of a run of the benchmarks
+  peers FILE     bench/peers/report.py's whole report; its plot goes to docs/pictures/peers.svg
+  goals FILE     the report's first table only
 """
 import json
 import pathlib
@@ -14,31 +19,30 @@ sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "bench" / "peers")]
 import report  # noqa: E402
 import summary  # noqa: E402
 
-
-def newest(folder):
-    return sorted(folder.glob("*.json"))[-1]
+MARKED = re.compile(r"(<!-- results: (\w+) (\S+) -->\n).*?(<!-- /results -->)", re.S)
 
 
 def short(name):
     return name.replace("/iterations:1", "").replace("/manual_time", "")
 
 
-def between(text, name, content):
-    marked = re.compile(rf"(<!-- results: {name} -->\n).*?(<!-- /results -->)", re.S)
-    if not marked.search(text):
-        sys.exit(f"docs/benchmarks.md has no place for '{name}'")
-    return marked.sub(lambda m: m[1] + content.strip() + "\n" + m[2], text)
+def written(what, results):
+    rows = json.loads((ROOT / results).read_text())
+    if what == "classes":
+        return summary.summary(rows["benchmarks"], short)
+    if what == "goals":
+        return "\n".join(report.goals(rows))
+    if what == "peers":
+        (ROOT / "docs" / "pictures" / "peers.svg").write_text(report.plot(rows))
+        return report.markdown(rows)
+    sys.exit(f"docs/benchmarks.md: no such thing as '{what}'")
 
 
 def main():
     page = ROOT / "docs" / "benchmarks.md"
-    classes, peers = newest(ROOT / "bench" / "results"), newest(ROOT / "bench" / "peers" / "results")
-    rows = json.loads(peers.read_text())
-    text = between(page.read_text(), "classes", summary.summary(json.loads(classes.read_text())["benchmarks"], short))
-    text = between(text, "peers", report.markdown(rows))
+    text, places = MARKED.subn(lambda m: f"{m[1]}{written(m[2], m[3]).strip()}\n{m[4]}", page.read_text())
     page.write_text(text)
-    (ROOT / "docs" / "pictures" / "peers.svg").write_text(report.plot(rows))
-    print(f"docs/benchmarks.md: {classes.name}, {peers.name}")
+    print(f"docs/benchmarks.md: {places} places")
 
 
 if __name__ == "__main__":

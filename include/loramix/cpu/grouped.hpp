@@ -180,7 +180,7 @@ struct GroupedContraction {
     const Index pitch_of_sums = padded(*selection);
     const bool neighbours = part.entries[part.count - 1].token - part.entries[0].token == part.count - 1;
     for_panels(ranks, [&](auto packets, Index begin) {
-      constexpr int most = RegisterTile::rows_of(packets);
+      constexpr int most = packets > 2 ? RegisterTile::rows_of(packets) : listed_rows(packets);
       const PacketPanel panel{panels + begin * part.n, part.n * width};
       Index i = 0;
       for (; neighbours && i + most <= part.count; i += most) {
@@ -682,18 +682,18 @@ struct GroupedTokenSum {
   /// One panel's columns of a list's rows.
   struct Listed {
     const float* first;  // of the chunk
-    Index step;
     const Selection::Entry* entries;
     static constexpr Index between = width;
-    [[gnu::always_inline]] const float* row(Index k) const { return first + entries[k].token * step; }
+    [[gnu::always_inline]] const float* row(Index k) const { return first + entries[k].token * panel; }
   };
 
   /// Whether every list of the chunk is tokens in a row, and few ranks meet them: what is read once need not be copied.
   bool in_place(Index c, Index g0, Index groups) const {
-    if (!x.direct() || selection->most() > 1 || selection->most_ranks() > SumPanel::few_ranks) return false;
+    if (!x.direct() || selection->most() > 1) return false;
     for (Index g = g0; g < g0 + groups; ++g) {
       const Selection::List list = selection->list(c, g);
-      if (list.count != 0 && !list.consecutive(0, list.count)) return false;
+      if (list.count == 0) continue;
+      if (selection->rank_count(g) > SumPanel::few_ranks || !list.consecutive(0, list.count)) return false;
     }
     return true;
   }
@@ -717,10 +717,13 @@ struct GroupedTokenSum {
   /// Sums of group g in the panel at column j (+)= those of n tokens, their rows in `from`. `lefts`: what was gathered of a
   /// list of `count`, from the first of the n on.
   template <class B>
-  void add_tokens(const Job& job, Index g, Index j, Index n, const float* lefts, Index count, const B& from) const {
+  void add_tokens(const Job& job, Index g, Index j, Index n, const float* lefts, Index count, const B& from,
+                  ComingPanel coming = {}) const {
     in_steps<rows>(selection->rank_count(g), [&](auto m, Index r) {
       SumPanel::tile<m, SumPanel::packets>(false, n, lefts + r / rows * rows * count + r % rows, from,
-                                           job.sums + j * job.ranks + (selection->rank_begin(g) - job.r0 + r) * panel);
+                                           job.sums + j * job.ranks + (selection->rank_begin(g) - job.r0 + r) * panel,
+                                           coming);
+      coming = {};  // once is enough
     });
   }
   void add_chunk(const Job& job, Index c) const;
@@ -744,22 +747,38 @@ void GroupedTokenSum<X, G, M>::add_chunk(const Job& job, Index c) const {
     gather(t0, list, s.rank_begin(g), s.rank_count(g), to);
     to += list.count * round_up(s.rank_count(g), rows);
   }
-  for (Index j = 0; j < columns; j += panel) {
-    Listed from{block + (j - copied) * n, panel, nullptr};
-    if constexpr (std::is_same_v<X, float>) {
-      if (j < copied) from = {x.rows.row(t0) + job.c0 + j, x.rows.stride, nullptr};
-    }
+  // f(group, its list, what was gathered of it).
+  const auto over_lists = [&](const auto& f) {
     const float* of_list = lefts;
     for (Index g = job.g0; g < end; ++g) {
       const Selection::List list = s.list(c, g);
-      const Cut cut(list.count, 1, j < copied ? most_in_place : most_in_sum, 1);
-      for (Index part = 0; part < cut.jobs; ++part) {
-        const Index i = cut.begin(part);
-        from.entries = list.entries + i;
-        add_tokens(job, g, j, cut.count(part), of_list + i * rows, list.count, from);
-      }
+      f(g, list, of_list);
       of_list += list.count * round_up(s.rank_count(g), rows);
     }
+  };
+  // Rows that are read where they lie: some of them, along; a block of copies: panel by panel.
+  if constexpr (std::is_same_v<X, float>) {
+    over_lists([&](Index g, const Selection::List& list, const float* of_list) {
+      const Cut cut(copied == 0 ? 0 : list.count, 1, most_in_place, 1);
+      for (Index part = 0; part < cut.jobs; ++part) {
+        const Index i = cut.begin(part), t = t0 + list.entries[i].token;
+        for (Index j = 0; j < copied; j += panel) {
+          const Panel<float> from{x.rows.row(t) + job.c0 + j, x.rows.stride};
+          add_tokens(job, g, j, cut.count(part), of_list + i * rows, list.count, from,
+                     {from.p + 2 * panel, from.step, panel});
+        }
+      }
+    });
+  }
+  for (Index j = copied; j < columns; j += panel) {
+    over_lists([&](Index g, const Selection::List& list, const float* of_list) {
+      const Cut cut(list.count, 1, most_in_sum, 1);
+      for (Index part = 0; part < cut.jobs; ++part) {
+        const Index i = cut.begin(part);
+        add_tokens(job, g, j, cut.count(part), of_list + i * rows, list.count,
+                   Listed{block + (j - copied) * n, list.entries + i});
+      }
+    });
   }
 }
 
