@@ -109,6 +109,27 @@ TEST_CASE("rank 0 adds nothing, and sets zero") {
   CHECK(same_bits(dx, b.zeros_dx()));
 }
 
+TEST_CASE("a step takes the workspace that was asked for, with and without dropout, where rows of x are long") {
+  struct Shape {
+    Index d_in, rank, tokens;
+  };
+  for (const Shape& s : {Shape{4096, 32, 64}, Shape{4096, 32, 200}, Shape{8192, 16, 70}, Shape{14336, 8, 3}}) {
+    for (const double dropout : {0.0, 0.5}) {
+      CAPTURE(s.d_in);
+      CAPTURE(s.tokens);
+      CAPTURE(dropout);
+      Batch<lm::Lora<float>> b({.d_in = s.d_in, .d_out = 48, .rank = s.rank, .dropout = dropout}, s.tokens);
+      b.work = Memory(std::max(lm::workspace_bytes(b.be, b.adapter, s.tokens),
+                               lm::workspace_bytes(b.be, b.adapter, s.tokens, lm::Pass::backward)));
+      auto y = b.zeros_y(), dx = b.zeros_dx();
+      lm::Arena<> reserve = b.memory.arena();
+      auto saved = b.forward(y, {.save = &reserve, .key = b.key});
+      auto gradient = lm::zeros_like(b.adapter);
+      CHECK_NOTHROW(b.backward(saved, dx, gradient));
+    }
+  }
+}
+
 TEST_CASE("B = 0: the output is exactly 0, A has no gradient, B has one") {
   Batch<lm::Lora<double>> b(LoraKind<double>::config(), 9);
   lm::initialise(b.adapter, {.seed = 7});

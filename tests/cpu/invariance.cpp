@@ -48,6 +48,7 @@ struct Batch {
     Batch b = *this;
     b.in.x = pick(in.x);
     b.in.dy = pick(in.dy);
+    if (in.y.rows() != 0) b.in.y = pick(in.y);
     b.ids = pick(ids);
     b.weights = pick(weights);
     b.multiplier = pick(multiplier);
@@ -130,10 +131,14 @@ void check_count(const Backend& be, const Batch<T>& batch, Index count, Index am
 
 TEST_CASE_TEMPLATE("the number of tokens changes no token of its class", T, float, double, lm::bfloat16, lm::half) {
   Random random(seed(32));
-  const Batch<T> batch = draw_batch<T>(random);
-  for (const Index count : {1, 2, 3}) check_count(by_class, batch, count, 4);
-  for (const Index count : {5, 16, 63}) check_count(by_class, batch, count, 64);
-  for (const Index count : {65, 67, 129}) check_count(by_class, batch, count, tokens);
+  Batch<T> batch = draw_batch<T>(random);
+  for (const bool adds : {false, true}) {
+    CAPTURE(adds);
+    if (adds) batch.in.y = drawn<lm::Matrix<T>>(random, tokens, d_out);
+    for (const Index count : {1, 2, 3}) check_count(by_class, batch, count, 4);
+    for (const Index count : {5, 16, 63}) check_count(by_class, batch, count, 64);
+    for (const Index count : {65, 67, 129}) check_count(by_class, batch, count, tokens);
+  }
 }
 
 TEST_CASE_TEMPLATE("the number of tokens changes no token where one order is asked for", T, float, double,

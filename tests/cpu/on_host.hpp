@@ -37,6 +37,7 @@ struct Inputs {
   lm::Matrix<T> dy;          // [T, d_out]
   double scale = 1.25;
   lm::Dropout dropout{};
+  lm::Matrix<T> y{};  // [T, d_out] what expand adds to; empty: it assigns
 };
 
 template <class T>
@@ -48,7 +49,7 @@ Inputs<T> draw_inputs(Random& random, Index tokens, Index d_in, Index d_out, Ind
           drawn<lm::Matrix<T>>(random, tokens, d_out)};
 }
 
-/// What comes out. Everything is assigned (Into::set).
+/// What comes out. Everything is assigned (Into::set), but for y where there was one before.
 template <class T>
 struct Outputs {
   using Acc = lm::accumulation_t<T>;
@@ -79,9 +80,10 @@ Outputs<T> product(const lm::cpu::Backend<E>& be, const Inputs<T>& in, const Mak
   run_on_host(be, lm::Shrink<T, T, Acc, Acc, host>{in.A, in.side, in.x, in.dropout, out.u, out.h});
 
   const Form<T> form = make_form(out);
-  out.y = lm::Matrix<T>(tokens, d_out);
-  run_on_host(
-      be, lm::Expand<Acc, T, T, Acc, host, lm::Major::column>{out.u, form, in.B, Acc(in.scale), out.y, lm::Into::set});
+  const bool adds = in.y.rows() != 0;
+  out.y = adds ? in.y : lm::Matrix<T>(tokens, d_out);
+  run_on_host(be, lm::Expand<Acc, T, T, Acc, host, lm::Major::column>{out.u, form, in.B, Acc(in.scale), out.y,
+                                                                      adds ? lm::Into::add : lm::Into::set});
 
   const auto like = [](auto view) { return lm::Matrix<Acc>(view.data == nullptr ? 0 : view.rows, view.cols); };
   out.du = lm::Matrix<Acc>(tokens, in.A.rows());

@@ -12,7 +12,7 @@ TEST_CASE_TEMPLATE("dA and the gradient of side rows", T, float, lm::bfloat16) {
   Random random(seed(71));
   using Op = lm::ShrinkBackward<T, T, float, float, float, host>;
   constexpr Index d = 2 * 48 + 5;  // whole panels at every width, and a part
-  for (const Index ranks : {5, 8, 13, 35, 150}) {
+  for (const Index ranks : {5, 8, 13, 15, 35, 150}) {
     for (const Index rows : {0, 1, 8, 20, 170}) {
       for (const Index tokens : {0, 3, 16, 70}) {
         for (const lm::Into into : {lm::Into::set, lm::Into::add}) {

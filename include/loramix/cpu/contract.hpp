@@ -5,7 +5,7 @@
 /// Writes:      out [T, R], assigned.
 /// Errors:      none: ops/shrink.hpp and ops/expand.hpp check.
 /// Cost:        one pass over x. More than half a packet of ranks: packed weights, register tiles of tokens × ranks,
-///              sweeps of one page of columns. Fewer, and T ≤ 64: dot products on the weights as they lie.
+///              sweeps of one page of columns. Fewer, and T ≤ 64: dot products.
 /// Determinism: an output depends on its row of x only, and not on threads.
 /// Example:     ops/shrink.hpp
 #pragma once
@@ -99,8 +99,6 @@ struct PanelContraction {
   void run(const Jobs& jobs, Index job, float* scratch) const;
 
  private:
-  static constexpr Index pitch(Index columns) { return round_up(columns, width) + width; }
-
   void write(const float* sums, Index n, float* to) const {
     const Packet factor = splat(scale);
     Index j = 0;
@@ -185,7 +183,7 @@ void PanelContraction<X, W, M>::run(const Jobs& jobs, Index job, float* scratch)
 }
 
 /// A contraction by dot products: few ranks, or few tokens. Weights are read as they lie, or, where more than a few tokens
-/// meet them, from a copy in L1: their rows begin at lines there, and no two of them share a set.
+/// meet them, from a copy in L1, whose rows share few sets.
 template <class X, class W>
 struct DotContraction {
   Input<X> x;
@@ -194,31 +192,28 @@ struct DotContraction {
   float scale;
   MatrixView<float> out;  // [T, R]
 
-  static constexpr int columns = RegisterTile::dot_columns;
-  static constexpr int rows = RegisterTile::dot_rows;
-  static constexpr Index most = 126;          // tokens in a job
-  static constexpr Index least_of_copy = 8;   // tokens
-  static constexpr Index copied = 512;        // columns of the copy: half of L1
-  static constexpr Index cached_tokens = 64;  // more rows of x are asked for ahead; weights, where there are fewer
+  static constexpr int tile_ranks = RegisterTile::dot_columns;
+  static constexpr int tile_tokens = RegisterTile::dot_rows;
+  static constexpr Index most = 126;         // tokens in a job
+  static constexpr Index least_of_copy = 8;  // tokens
+  static constexpr Index copied = 512;       // columns of the copy: half of L1
 
   /// Columns of a sweep over `tokens`.
   static Index sweep_of(const Tuning& tuning, Index tokens) {
     const Index columns = detail::sweep_of(tuning);
     if (tokens >= least_of_copy) return smaller(copied, columns);
-    return larger(1, few_tokens / larger(1, tokens)) * columns;
+    return elements(larger(1, few_tokens / larger(1, tokens)), columns);
   }
   /// Floats of a lane, for any number of tokens.
   static Index scratch(const Tuning& tuning, Index depth) {
-    return most * columns * width + columns * pitch(smaller(copied, depth)) +
-           rows * pitch(smaller(sweep_of(tuning, 1), depth));
+    return most * tile_ranks * width + tile_ranks * pitch(smaller(copied, depth)) +
+           tile_tokens * pitch(smaller(sweep_of(tuning, 1), depth));
   }
 
-  /// Tokens [t0, t0 + n), ranks [r, r + ranks), at most `columns`.
+  /// Tokens [t0, t0 + n), ranks [r, r + ranks), at most `tile_ranks`.
   void run(Index t0, Index n, Index r, Index ranks, float* scratch) const;
 
  private:
-  static constexpr Index pitch(Index columns) { return round_up(columns, width) + width; }
-
   template <int M, int N, class V>
   [[gnu::flatten, gnu::noinline]] void tile(Index t, Index k, Index length, Index r, const V* weights, Index stride,
                                             float* sums, float* block, RowWalk& next) const {
@@ -238,10 +233,10 @@ struct DotContraction {
       const X* from[M];
       for (int m = 0; m < M; ++m) from[m] = x.rows.row(t + m) + k;
       RowWalk walk = next;
-      if (x.rows.rows > cached_tokens)
+      if (x.rows.rows > some_tokens)  // rows of x are what comes from far; of few, weights
         dot(
             length, from, weights, stride, c,
-            [&, ahead = rows * x.rows.stride ](Index i) __attribute__((always_inline)) {
+            [&, ahead = tile_tokens * x.rows.stride ](Index i) __attribute__((always_inline)) {
               unroll<M>([&](auto m) __attribute__((always_inline)) { prefetch(from[m] + i + ahead); });
             });
       else
@@ -262,15 +257,15 @@ struct DotContraction {
 template <class X, class W>
 void DotContraction<X, W>::run(Index t0, Index n, Index r, Index ranks, float* scratch) const {
   const Index depth = w.cols;
-  float* const copy = scratch + most * columns * width;
-  float* const block = copy + columns * pitch(smaller(copied, depth));
+  float* const copy = scratch + most * tile_ranks * width;
+  float* const block = copy + tile_ranks * pitch(smaller(copied, depth));
   for (Index k = 0; k < depth; k += sweep) {
     const Index length = smaller(sweep, depth - k);
     RowWalk next{};
     const auto multiply = [&](const auto* weights, Index stride, Index of) {
-      in_steps<rows>(n, [&](auto m, Index t) {
-        in_steps<columns>(of, [&](auto c, Index j) {
-          tile<m, c>(t0 + t, k, length, r + j, weights + j * stride, stride, scratch + (t * columns + j * m) * width,
+      in_steps<tile_tokens>(n, [&](auto m, Index t) {
+        in_steps<tile_ranks>(of, [&](auto c, Index j) {
+          tile<m, c>(t0 + t, k, length, r + j, weights + j * stride, stride, scratch + (t * tile_ranks + j * m) * width,
                      block, next);
         });
       });
@@ -280,7 +275,7 @@ void DotContraction<X, W>::run(Index t0, Index n, Index r, Index ranks, float* s
       continue;
     }
     // Zeros behind the last rank: one wide tile rather than narrow ones, each of which reads x.
-    const Index padded = ranks > columns / 2 ? columns : ranks;
+    const Index padded = ranks > tile_ranks / 2 ? tile_ranks : ranks;
     std::fill_n(copy + ranks * pitch(length), (padded - ranks) * pitch(length), 0.f);
     for (Index j = 0; j < ranks; ++j) {
       const W* const from = w.row(r + j) + k;

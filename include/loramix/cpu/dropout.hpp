@@ -56,50 +56,62 @@ class PhiloxLanes {
   Bits64 w0_, w1_, w2_, w3_;
 };
 
-/// How many runs of Philox go side by side: a round waits for the one before it.
-inline constexpr int philox_runs = registers >= 32 ? 2 : 1;
-/// Columns that they serve.
-inline constexpr Index drawn_columns = 8 * width * philox_runs;
-/// Room for the bits of so many columns.
-constexpr Index keep_bytes(Index columns) { return (columns + drawn_columns - 1) / drawn_columns * drawn_columns / 8; }
+/// Columns that a run of Philox serves.
+inline constexpr Index columns_of_run = 8 * width;
+/// How many runs go side by side where there are columns for them: a round waits for the one before it.
+inline constexpr int most_runs = registers >= 32 ? 2 : 1;
+/// Room for the bits of so many columns. A row of a saved mask (mask_bytes) is that and more.
+constexpr Index keep_bytes(Index columns) { return (columns + columns_of_run - 1) / columns_of_run * width; }
+static_assert(512 % columns_of_run == 0, "rows of a mask are multiples of 64 bytes");
 
-/// bits[i / 8] for columns [c0, c0 + n) of row t, keep_bytes(n) of them; c0 is a multiple of 8.
+/// The bits of `Runs` runs from `block` on: a bit is set where 16 bits of the draw reach p16.
+template <int Runs>
+[[gnu::always_inline]] inline void draw_runs(const Dropout& dropout, std::uint64_t token, std::uint64_t block,
+                                             std::uint8_t* bits) {
+  Bits64 even_blocks;
+  for (int i = 0; i < width / 2; ++i) even_blocks[i] = static_cast<unsigned>(2 * i);
+  PhiloxLanes lanes[2 * Runs];  // of a run's even blocks, of its odd ones, of the next run's
+  unroll<2 * Runs>([&](auto i) {
+    lanes[i] = {even_blocks + (block + static_cast<std::uint64_t>(i / 2 * width + i % 2)),
+                static_cast<std::uint32_t>(Purpose::dropout), token};
+  });
+  std::uint32_t k0 = static_cast<std::uint32_t>(dropout.key), k1 = static_cast<std::uint32_t>(dropout.key >> 32);
+  unroll<10>([&](auto) {
+    unroll<2 * Runs>([&](auto i) { lanes[i].round(k0, k1); });
+    k0 += 0x9e3779b9u;
+    k1 += 0xbb67ae85u;
+  });
+  typedef std::uint16_t Halves __attribute__((vector_size(4 * width)));
+  const Halves threshold = Halves{} + static_cast<std::uint16_t>(dropout.p16);
+  // Word i: its low half is column 2i of the block, its high half column 2i + 1.
+  const auto halves = [threshold](Bits32 w, std::uint32_t bits_of_word) {
+    return (Bits32)((Halves)w >= threshold) & bits_of_word;
+  };
+  unroll<Runs>([&](auto run) {
+    const PhiloxLanes &even = lanes[2 * run], &odd = lanes[2 * run + 1];
+    const Bits32 kept = halves(even.with<0>(odd), 0x00020001u) | halves(even.with<1>(odd), 0x00080004u) |
+                        halves(even.with<2>(odd), 0x00200010u) | halves(even.with<3>(odd), 0x00800040u);
+    const Bits32 keep = kept | kept >> 16;
+    typedef std::uint8_t Bytes __attribute__((vector_size(width)));
+    const Bytes bytes = __builtin_convertvector(keep, Bytes);
+    std::memcpy(bits + run * width, &bytes, sizeof(bytes));
+  });
+}
+
+/// bits[i / 8] for columns [c0, c0 + n) of row t, up to keep_bytes(n) of them; c0 is a multiple of 8.
 inline void keep_bits(const Dropout& dropout, Index t, Index c0, Index n, std::uint8_t* bits) {
   if (dropout.mask != nullptr) {  // drawn before
     std::memcpy(bits, dropout.mask + t * dropout.mask_stride + c0 / 8, static_cast<std::size_t>((n + 7) / 8));
     return;
   }
   const std::uint64_t token = dropout.first_token + static_cast<std::uint64_t>(t);
-  const std::uint32_t purpose = static_cast<std::uint32_t>(Purpose::dropout);
-  Bits64 lane;
-  for (int i = 0; i < width / 2; ++i) lane[i] = static_cast<unsigned>(2 * i);
-  typedef std::uint16_t Halves __attribute__((vector_size(4 * width)));
-  const Halves threshold = Halves{} + static_cast<std::uint16_t>(dropout.p16);
-  for (Index c = 0; c < n; c += drawn_columns, bits += drawn_columns / 8) {
-    PhiloxLanes lanes[2 * philox_runs];  // of even blocks, of odd blocks, of the next run's
-    unroll<2 * philox_runs>([&](auto i) {
-      lanes[i] = {lane + static_cast<std::uint64_t>((c0 + c) / 8 + i / 2 * width + i % 2), purpose, token};
-    });
-    std::uint32_t k0 = static_cast<std::uint32_t>(dropout.key), k1 = static_cast<std::uint32_t>(dropout.key >> 32);
-    unroll<10>([&](auto) {
-      unroll<2 * philox_runs>([&](auto i) { lanes[i].round(k0, k1); });
-      k0 += 0x9e3779b9u;
-      k1 += 0xbb67ae85u;
-    });
-    // Word i: its low half is column 2i of the block, its high half column 2i + 1.
-    const auto halves = [threshold](Bits32 w, std::uint32_t bits_of_word) {
-      return (Bits32)((Halves)w >= threshold) & bits_of_word;
-    };
-    unroll<philox_runs>([&](auto run) {
-      const PhiloxLanes &even = lanes[2 * run], &odd = lanes[2 * run + 1];
-      const Bits32 kept = halves(even.with<0>(odd), 0x00020001u) | halves(even.with<1>(odd), 0x00080004u) |
-                          halves(even.with<2>(odd), 0x00200010u) | halves(even.with<3>(odd), 0x00800040u);
-      const Bits32 keep = kept | kept >> 16;
-      typedef std::uint8_t Bytes __attribute__((vector_size(width)));
-      const Bytes bytes = __builtin_convertvector(keep, Bytes);
-      std::memcpy(bits + run * width, &bytes, sizeof(bytes));
-    });
-  }
+  const std::uint64_t block = static_cast<std::uint64_t>(c0 / 8);
+  Index run = 0;
+  const Index runs = keep_bytes(n) / width;
+  for (; run + most_runs <= runs; run += most_runs)
+    draw_runs<most_runs>(dropout, token, block + static_cast<std::uint64_t>(run * width), bits + run * width);
+  for (; run < runs; ++run)
+    draw_runs<1>(dropout, token, block + static_cast<std::uint64_t>(run * width), bits + run * width);
 }
 
 /// v where the bits of columns [c, c + width) say keep, else 0; c is a multiple of width.
@@ -120,9 +132,10 @@ inline void keep_bits(const Dropout& dropout, Index t, Index c0, Index n, std::u
 template <class X>
 void drop(const Dropout& dropout, Index t, Index c0, Index n, const X* x, float* out) {
   const Packet scale = splat(static_cast<float>(dropout.kept_scale()));
-  for (Index c = 0; c < n; c += drawn_columns) {
-    const Index columns = n - c < drawn_columns ? n - c : drawn_columns;
-    std::uint8_t drawn[keep_bytes(drawn_columns)];
+  constexpr Index step = most_runs * columns_of_run;
+  for (Index c = 0; c < n; c += step) {
+    const Index columns = n - c < step ? n - c : step;
+    std::uint8_t drawn[keep_bytes(step)];
     const std::uint8_t* bits = drawn;
     if (dropout.mask != nullptr) {
       bits = dropout.mask + t * dropout.mask_stride + (c0 + c) / 8;

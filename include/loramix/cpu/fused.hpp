@@ -57,9 +57,9 @@ void set_zero(const Backend<E>& be, MatrixView<float> out) {
 template <class W, Major M>
 struct Contraction {
   MatrixView<const W, Space::host, M> w;
-  MatrixView<const W, Space::host, M> second{};  // [n, d] or empty; only where w is not read as it lies
+  MatrixView<const W, Space::host, M> second{};  // [n, d] or empty; only where w is packed
 
-  /// Whether the weights are read as they lie.
+  /// Whether it is a matter of dot products.
   bool by_dots(const Tuning& tuning, Index tokens) const {
     return M == Major::row && (class_of(tuning, tokens) != TokenClass::many || w.rows <= width / 2);
   }
@@ -97,13 +97,13 @@ struct Contraction {
  private:
   template <class E, class X>
   void run_dots(const Backend<E>& be, const DotContraction<X, W>& dots, MatrixView<float> lanes) const {
-    const Index tokens = dots.out.rows, groups = blocks_of(w.rows, dots.columns);
+    const Index tokens = dots.out.rows, groups = blocks_of(w.rows, dots.tile_ranks);
     const bool wake = tokens > few_tokens || w.rows * w.cols * Index{sizeof(W)} > be.tuning.serial_bytes;
     // Ranks first; tokens too where ranks do not keep all lanes busy.
-    const Cut cut(tokens, wake ? blocks_of(be.lanes(), groups) : 1, dots.most, dots.rows);
+    const Cut cut(tokens, wake ? blocks_of(be.lanes(), groups) : 1, dots.most, dots.tile_tokens);
     const auto job = [&](Index i, Index lane) {
-      const Index r = i % groups * dots.columns, chunk = i / groups;
-      dots.run(cut.begin(chunk), cut.count(chunk), r, smaller(dots.columns, w.rows - r), lanes.row(lane));
+      const Index r = i % groups * dots.tile_ranks, chunk = i / groups;
+      dots.run(cut.begin(chunk), cut.count(chunk), r, smaller(dots.tile_ranks, w.rows - r), lanes.row(lane));
     };
     if (wake) return be.run(groups * cut.jobs, job);
     for (Index i = 0; i < groups * cut.jobs; ++i) job(i, 0);
@@ -282,11 +282,13 @@ struct FusedShrinkBackward {
   FusedShrinkBackward(Arena<>& arena, const Backend<E>& be, const Op& op)
       : grouped(op.select.tokens != 0 && is_grouped(be.tuning, op.select, op.A.rows)),
         together(!grouped && !op.dropout.on() && op.A.rows != 0 && op.dA.data != nullptr && op.dside.data != nullptr) {
-    const bool direct = std::is_same_v<X, float> && !op.dropout.on();
     const Index ranks = op.A.rows + op.side.rows, sweep = packed_sweep_of(be.tuning, ranks, op.A.cols);
     Index floats = Back::scratch(ranks, sweep);
-    for (const Index n : {ranks, op.A.rows}) floats = larger(floats, Sum::scratch(be.tuning, n, op.A.cols, direct));
-    floats = larger(floats, Sum::scratch(be.tuning, op.side.rows, op.A.cols, std::is_same_v<X, float>));
+    // With dropout and without: what a query is told of it is not what a call will have, and either may take more.
+    for (const bool direct : {false, std::is_same_v<X, float>}) {
+      for (const Index n : {ranks, op.A.rows, op.side.rows})
+        floats = larger(floats, Sum::scratch(be.tuning, n, op.A.cols, direct));
+    }
     if (grouped) {
       const Selection::By by_sums = GroupedSum::listing(op.select), by = listing(be.tuning, op.select);
       selection = Selection(arena, op.select, by_sums);

@@ -80,7 +80,6 @@ struct GroupedContraction {
   static constexpr Index most_sums = 1 << 18;                     // a megabyte
   static constexpr Index most_dots = Selection::chunk_by_expert;  // tokens of a list that meet 8 ranks before the next
   static constexpr Index in_block = 24;  // tokens of a list whose rows stay in L1: whole tiles of every width
-  static constexpr Index pitch(Index columns) { return round_up(columns, width) + width; }
   /// Packets of the panels before an expert's; of all.
   static Index packets_before(const Selection& s, Index expert) {
     Index packets = 0;
@@ -180,7 +179,7 @@ struct GroupedContraction {
     const Index pitch_of_sums = padded(*selection);
     const bool neighbours = part.entries[part.count - 1].token - part.entries[0].token == part.count - 1;
     for_panels(ranks, [&](auto packets, Index begin) {
-      constexpr int most = packets > 2 ? RegisterTile::rows_of(packets) : listed_rows(packets);
+      constexpr int most = listed_rows(packets);
       const PacketPanel panel{panels + begin * part.n, part.n * width};
       Index i = 0;
       for (; neighbours && i + most <= part.count; i += most) {
@@ -366,7 +365,7 @@ struct GroupedSpread {
   /// Columns of a sweep. A panel of sums goes along with a page of y where rows are met by several groups.
   static Index sweep_of(const Tuning& tuning, const Selection& s, Index ranks, Index columns) {
     const Index page = detail::sweep_of(tuning), packed = packed_sweep_of(tuning, ranks, columns);
-    if (natural(tuning, s) && s.of_many()) return page;
+    if (natural(tuning, s) && s.of_many()) return smaller(page, round_up(columns, 64));
     return s.most() > 1 || natural(tuning, s) ? smaller(page, packed) : packed;
   }
   /// Columns that are summed together: a panel, so that sums stay in L1. Of many experts more, for their weights come from far

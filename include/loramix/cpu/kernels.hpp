@@ -9,7 +9,7 @@
 /// Errors:      none.
 /// Cost:        M·N multiply-adds and M + N loads per k (outer) or per `width` k (dot).
 /// Determinism: an element's sum does not depend on M, N or on its place in the tile.
-/// Example:     cpu/shrink.hpp, cpu/expand.hpp
+/// Example:     cpu/contract.hpp, cpu/spread.hpp
 #pragma once
 #include <loramix/cpu/packet.hpp>
 

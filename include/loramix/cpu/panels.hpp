@@ -17,6 +17,9 @@ inline namespace LORAMIX_ABI {
 namespace cpu {
 namespace detail {
 
+/// Floats from row to row of a block of rows in L1: a line more than they take, for rows of whole pages share a set.
+constexpr Index pitch(Index columns) { return round_up(columns, width) + width; }
+
 /// f(packets of the panel, a constant; its first rank) for every panel of `ranks`.
 template <int Packets = RegisterTile::wide, class F>
 [[gnu::always_inline]] inline void for_panels(Index ranks, F&& f, Index begin = 0) {
@@ -39,7 +42,7 @@ void pack_packet(MatrixView<const W> w, Index r, Index k0, Index n, float* to, I
     Packet block[width];
     unroll<width>([&](auto j) __attribute__((always_inline)) {
       block[j] = j < ranks ? load(from + j * w.stride) : splat(0);
-      prefetch(from + j * w.stride + 8 * width);
+      if (j < ranks) prefetch(from + j * w.stride + 8 * width);
     });
     transpose(block);
     unroll<width>([&](auto j) __attribute__((always_inline)) { store(to + (k + j) * step, block[j]); });

@@ -85,7 +85,7 @@ PathFacts path_of(const Backend<E>& be, const Expand<Acc, W, Y, Score, Space::ho
     if (be.tuning.path == Path::composed) return composed_facts("Tuning::path says so");
     PathFacts facts = fused_facts(be.tuning, op.gate, op.u.cols);
     const bool many = class_of(be.tuning, op.u.rows) == TokenClass::many;
-    facts.kernels = many ? "register tiles, weights packed for a sweep of columns" : "weights read once, as they lie";
+    facts.kernels = many ? "register tiles, weights packed for a sweep of columns" : "weights as they lie";
     facts.tile_tokens = many ? Index{Spread<Y, W, transposed(M)>::rows} : op.u.rows;
     return facts;
   }

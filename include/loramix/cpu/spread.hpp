@@ -135,7 +135,7 @@ struct Spread {
             if (!ends) return store(sums + i * pitch + k, sum[i]);
             if (idle != nullptr && idle[t + i] != 0) return;
             Y* const to = y.row(t + i) + c + k;
-            const Packet v = mul(factor, sum[i]);
+            const Packet v = mul(factor, sum[i]);  // and added with a rounding of its own, as a panel is
             lanes.store(to, into == Into::add ? add(lanes.load(to), v) : v);
           });
         });
