@@ -165,7 +165,7 @@ TEST_CASE("NaN in gives NaN out, for that token alone") {
 TEST_CASE("a token without an expert leaves its row of y as it is, even −0, whatever B holds") {
   constexpr Index wide = 2 * 64 + 3;  // whole panels of every machine, and a part of one
   Random random(seed(44));
-  for (const Index count : {Index{5}, tokens}) {
+  for (const Index count : {Index{1}, Index{2}, Index{3}, Index{5}, tokens}) {
     Inputs<float> in = draw_inputs<float>(random, count, d_in, wide, ranks);
     for (Index o = 0; o < wide; ++o) {
       for (Index j = 0; j < ranks; ++j) in.B(o, j) = std::numeric_limits<float>::infinity();
