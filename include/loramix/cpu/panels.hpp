@@ -90,7 +90,7 @@ inline constexpr Index column_panel = RegisterTile::wide * width;
 /// to[c / column_panel · step + r · column_panel + c mod column_panel] = w(r, c0 + c); zeros in what is left of the last panel.
 template <class W>
 void copy_panels(MatrixView<const W> w, Index c0, Index columns, float* to, Index step) {
-  for (Index r = 0; r < w.rows; ++r, to += column_panel) {
+  for (Index r = 0; columns > 0 && r < w.rows; ++r, to += column_panel) {
     const W* const from = w.row(r) + c0;
     Index c = 0;
     for (; c + column_panel <= columns; c += column_panel) {
