@@ -595,9 +595,15 @@ void GroupedSpread<Y, W, M>::run(const Tuning& tuning, Index chunk, Index n, Ind
   float* const partial = weights + blocks_of(columns - copied, panel) * step;
   std::uint8_t* const keep =
       reinterpret_cast<std::uint8_t*>(partial + (selection->most() == 1 ? 0 : selection->chunk() * band));
-  copy_panels(all.first.w, c0 + copied, columns - copied, weights, step);
+  const auto copy_ranks = [&](Index r, Index ranks) {
+    copy_panels(all.first.w.row_range(r, ranks), c0 + copied, columns - copied, weights + panel * r, step);
+  };
+  if (!selection->of_many()) copy_ranks(0, all.first.w.rows);
   copy_panels(all.second.w, c0 + copied, columns - copied, weights + panel * all.first.w.rows, step);
   for (Index c = chunk; c < chunk + n; ++c) {
+    if (selection->of_many())  // those that somebody chose
+      selection->each_group_in(c,
+                               [&](Index g, Index) { copy_ranks(selection->rank_begin(g), selection->rank_count(g)); });
     if (all.dropout.on()) {
       for (Index i = 0; i < selection->tokens(c); ++i) {
         keep_bits(all.dropout, c * selection->chunk() + i, c0, columns, keep + i * keep_bytes(columns));
