@@ -112,6 +112,22 @@ LORAMIX_HD inline V keep_lanes_by_mask(V v, unsigned short) {
 }
 #endif
 
+/// Keeps a vector in a register: what is used more than once is not read from memory with every use, as compilers like to.
+#if defined(__AVX512F__) && defined(__GNUC__) && !defined(__CUDACC__)
+template <class V>
+[[gnu::always_inline]] inline void keep_in_register(V& v) {
+  asm("" : "+v"(v));
+}
+#elif defined(__x86_64__) && defined(__GNUC__) && !defined(__CUDACC__)
+template <class V>
+[[gnu::always_inline]] inline void keep_in_register(V& v) {
+  asm("" : "+x"(v));
+}
+#else
+template <class V>
+LORAMIX_HD inline void keep_in_register(V&) {}
+#endif
+
 /// Whether `round_to_bfloat16` below is there: 16 floats rounded to nearest at once; subnormal ones become 0.
 #if defined(__AVX512BF16__) && defined(__AVX512F__) && defined(__GNUC__) && !defined(__CUDACC__)
 inline constexpr bool has_bfloat16_rounding = true;

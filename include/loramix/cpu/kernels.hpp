@@ -139,7 +139,7 @@ template <int M, int N, class X, class W, class Hint = NoHint>
     unroll<M>([&](auto m) __attribute__((always_inline)) { a[m] = from(x[m] + k); });
     unroll<N>([&](auto n) __attribute__((always_inline)) {
       Packet b = from(w + n * w_stride + k);
-      if constexpr (M > 1) keep_in_register(b);
+      if constexpr (M > 1) loramix::detail::keep_in_register(b);
       unroll<M>([&](auto m) __attribute__((always_inline)) { tile.c[m][n] = fma(a[m], b, tile.c[m][n]); });
     });
   };

@@ -107,15 +107,6 @@ inline constexpr bool has_masks = Eigen::internal::unpacket_traits<Packet>::mask
   store_bits(p, h | (u >> 16 & 0x8000u));
 }
 
-/// Keeps v in a register: what is used more than once is not read from memory more than once, as compilers like to.
-[[gnu::always_inline]] inline void keep_in_register([[maybe_unused]] Packet& v) {
-#if defined(__AVX512F__)
-  asm("" : "+v"(v));
-#elif defined(__x86_64__)
-  asm("" : "+x"(v));
-#endif
-}
-
 /// Asks for the line of p; any address is legal.
 [[gnu::always_inline]] inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
