@@ -1,5 +1,6 @@
 // The gated product on the CPU, forward and backward in one call, for tests of laws: matrices in, matrices out.
 #pragma once
+#include <doctest/doctest.h>
 
 #include <cstring>
 #include <random>
@@ -66,6 +67,7 @@ template <class Be, class Op>
 void run_on_host(const Be& be, const Op& op) {
   Scratch scratch(lm::scratch_bytes(be, op));
   lm::execute(be, op, scratch.arena());
+  CHECK(scratch.intact());
 }
 
 /// U, H; the gate may depend on them: `gate(out)` returns the form.

@@ -220,10 +220,6 @@ inline void copy_row(const Input<bfloat16>& x, Index t, Index k, Index n, Index 
   }
   for (; j < wide; ++j) to[j] = bfloat16{0};
 }
-/// What sums of products are multiplied by.
-inline float factor_of(const Dropout& dropout, float scale) {
-  return dropout.on() ? scale * static_cast<float>(dropout.kept_scale()) : scale;
-}
 
 /// out [T, R] = scale · x̂ Wᵀ.
 struct TileContraction {

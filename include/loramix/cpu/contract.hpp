@@ -19,7 +19,8 @@ inline namespace LORAMIX_ABI {
 namespace cpu {
 namespace detail {
 
-/// What is contracted: rows of activations, as they are or with dropout.
+/// What is contracted: rows of activations, as they are or with dropout. Kernels read x ∘ keep; its 1 / (1 − p̄) is in what
+/// they multiply their sums by (factor_of).
 template <class X>
 struct Input {
   MatrixView<const X> rows;
@@ -27,7 +28,9 @@ struct Input {
 
   /// Whether kernels may read the rows where they lie.
   bool direct() const { return std::is_same_v<X, float> && !dropout.on(); }
-  /// Row t, columns [k, k + n), as floats; k is a multiple of 8.
+  /// Whether they may if they apply dropout's bits to what they load (KeptPanel, KeptRows).
+  bool direct_under_bits() const { return std::is_same_v<X, float> && (!dropout.on() || keeps_while_loading); }
+  /// Row t, columns [k, k + n), as floats, 0 where they are dropped; k is a multiple of 8.
   void convert(Index t, Index k, Index n, float* out) const {
     const X* const from = rows.row(t) + k;
     if (dropout.on()) return drop(dropout, t, k, n, from, out);
@@ -100,10 +103,10 @@ struct PanelContraction {
 
  private:
   void write(const float* sums, Index n, float* to) const {
-    const Packet factor = splat(scale);
+    const float factor = factor_of(x.dropout, scale);
     Index j = 0;
-    for (; j + width <= n; j += width) store(to + j, mul(factor, load(sums + j)));
-    for (; j < n; ++j) to[j] = scale * sums[j];
+    for (; j + width <= n; j += width) store(to + j, mul(splat(factor), load(sums + j)));
+    for (; j < n; ++j) to[j] = factor * sums[j];
   }
 
   /// g tokens from t on × columns [k, k + n). What is converted is converted in blocks that stay in L1.
@@ -222,34 +225,46 @@ struct DotContraction {
       c.clear();
     else
       c.load_from(sums, N * width);
-    if (x.dropout.on()) {
-      const float* from[M];
-      for (int m = 0; m < M; ++m) {
-        from[m] = block + m * pitch(length);
-        x.convert(t + m, k, length, block + m * pitch(length));
-      }
-      dot(length, from, weights, stride, c);
-    } else {
-      const X* from[M];
-      for (int m = 0; m < M; ++m) from[m] = x.rows.row(t + m) + k;
+    const auto multiply = [&](const auto& from) __attribute__((always_inline)) {
       RowWalk walk = next;
       if (x.rows.rows > some_tokens)  // rows of x are what comes from far; of few, weights
         dot(
             length, from, weights, stride, c,
             [&, ahead = tile_tokens * x.rows.stride ](Index i) __attribute__((always_inline)) {
-              unroll<M>([&](auto m) __attribute__((always_inline)) { prefetch(from[m] + i + ahead); });
+              unroll<M>([&](auto m) __attribute__((always_inline)) { prefetch(from.p[m] + i + ahead); });
             });
       else
         dot(
             length, from, weights, stride,
             c, [&](Index i) __attribute__((always_inline)) { walk.template step<width>(i); });
       next = walk;
+    };
+    if (!x.dropout.on()) {
+      DotRows<X, M> from;
+      for (int m = 0; m < M; ++m) from.p[m] = x.rows.row(t + m) + k;
+      multiply(from);
+    } else if constexpr (std::is_same_v<X, float> && keeps_while_loading) {
+      KeptRows<M> from;
+      std::uint8_t* bits = reinterpret_cast<std::uint8_t*>(block);
+      for (int m = 0; m < M; ++m, bits += keep_bytes(length)) {
+        keep_bits(x.dropout, t + m, k, length, bits);
+        from.p[m] = x.rows.row(t + m) + k;
+        from.bits[m] = bits;
+      }
+      multiply(from);
+    } else {
+      DotRows<float, M> from;
+      for (int m = 0; m < M; ++m) {
+        x.convert(t + m, k, length, block + m * pitch(length));
+        from.p[m] = block + m * pitch(length);
+      }
+      multiply(from);
     }
     if (k + sweep < w.cols)
       c.store_to(sums, N * width);
     else
-      c.each([&](int m, int n, Packet v) __attribute__((always_inline)) {
-        if (r + n < out.cols) out(t + m, r + n) = scale * sum(v);
+      c.each([&, factor = factor_of(x.dropout, scale) ](int m, int n, Packet v) __attribute__((always_inline)) {
+        if (r + n < out.cols) out(t + m, r + n) = factor * sum(v);
       });
   }
 };

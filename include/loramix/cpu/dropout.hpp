@@ -1,9 +1,9 @@
 /// Dropout masks, many columns at a time.
 ///
 /// Computes:    the bits of Dropout::keep8 (core/draws.hpp) for whole rows, 8 · width columns in one run of Philox; and what
-///              they do to values: x ∘ keep / (1 − p̄).
+///              they do to values: x ∘ keep, whose 1 / (1 − p̄) goes into the scale of the sums that are made of it.
 /// Reads:       a Dropout; a row's bits [n / 8].
-/// Writes:      bits [keep_bytes(n)]; values [n] in place.
+/// Writes:      bits [keep_bytes(n)]; values [n].
 /// Errors:      none.
 /// Cost:        about a cycle per column for the bits.
 /// Determinism: the bits of core/draws.hpp.
@@ -114,12 +114,15 @@ inline void keep_bits(const Dropout& dropout, Index t, Index c0, Index n, std::u
     draw_runs<1>(dropout, token, block + static_cast<std::uint64_t>(run * width), bits + run * width);
 }
 
+/// Whether a load may keep the lanes that bits say at no cost.
+inline constexpr bool keeps_while_loading = loramix::detail::has_mask_registers && width == 16;
+
 /// v where the bits of columns [c, c + width) say keep, else 0; c is a multiple of width.
 [[gnu::always_inline]] inline Packet keep_lanes(Packet v, const std::uint8_t* bits, Index c) {
   constexpr int bytes = width < 8 ? 1 : width / 8;
   std::uint32_t word = 0;
   std::memcpy(&word, bits + c / 8, bytes);
-  if constexpr (loramix::detail::has_mask_registers && width == 16) {
+  if constexpr (keeps_while_loading) {
     return loramix::detail::keep_lanes_by_mask(v, static_cast<unsigned short>(word));
   }
   Bits32 lane;
@@ -128,10 +131,34 @@ inline void keep_bits(const Dropout& dropout, Index t, Index c0, Index n, std::u
   return from_bits(to_bits(v) & kept);
 }
 
-/// out[i] = x[i] · 1/(1 − p̄) where column c0 + i of row t is kept, else 0, for i in [0, n); c0 is a multiple of 8.
+/// Rows as they lie, under their bits, for `outer` and `dot` (cpu/kernels.hpp); what is dropped is 0.
+struct KeptPanel {
+  const float* p;
+  Index step;
+  const std::uint8_t* bits;
+  Index bits_step;
+  [[gnu::always_inline]] Packet packet(Index k, Index n) const {
+    return keep_lanes(load(p + k * step + n * width), bits + k * bits_step, n * width);
+  }
+};
+template <int M>
+struct KeptRows {
+  const float* p[M];
+  const std::uint8_t* bits[M];
+  template <class Lanes>
+  [[gnu::always_inline]] Packet packet(int m, Index k, const Lanes& lanes) const {
+    return keep_lanes(lanes.load(p[m] + k), bits[m], k);
+  }
+};
+
+/// What sums over x ∘ keep are multiplied by.
+inline float factor_of(const Dropout& dropout, float scale) {
+  return dropout.on() ? scale * static_cast<float>(dropout.kept_scale()) : scale;
+}
+
+/// out[i] = x[i] where column c0 + i of row t is kept, else 0, for i in [0, n); c0 is a multiple of 8.
 template <class X>
 void drop(const Dropout& dropout, Index t, Index c0, Index n, const X* x, float* out) {
-  const Packet scale = splat(static_cast<float>(dropout.kept_scale()));
   constexpr Index step = most_runs * columns_of_run;
   for (Index c = 0; c < n; c += step) {
     const Index columns = n - c < step ? n - c : step;
@@ -144,10 +171,9 @@ void drop(const Dropout& dropout, Index t, Index c0, Index n, const X* x, float*
       keep_bits(dropout, t, c0 + c, columns, drawn);
     }
     Index i = 0;
-    for (; i + width <= columns; i += width) store(out + c + i, keep_lanes(mul(load(x + c + i), scale), bits, i));
+    for (; i + width <= columns; i += width) store(out + c + i, keep_lanes(load(x + c + i), bits, i));
     if (i < columns) {
-      const Packet rest = keep_lanes(mul(load_part(x + c + i, columns - i), scale), bits, i);
-      store_part(out + c + i, rest, columns - i);
+      store_part(out + c + i, keep_lanes(load_part(x + c + i, columns - i), bits, i), columns - i);
     }
   }
 }

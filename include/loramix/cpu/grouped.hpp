@@ -237,8 +237,8 @@ struct GroupedContraction {
       Tile<T, N> tile;
       tile.clear();
       for (Index c = 0; c < n; c += step) {
-        const float* from[T];
-        for (int m = 0; m < T; ++m) from[m] = rows + entries[m].token * stride + c;
+        DotRows<float, T> from;
+        for (int m = 0; m < T; ++m) from.p[m] = rows + entries[m].token * stride + c;
         unroll<T * 2>([&](auto) __attribute__((always_inline)) { walk.template step<1>(0); });
         dot(smaller(step, n - c), from, w.row(r) + k + c, w.stride, tile);
       }
@@ -251,6 +251,7 @@ struct GroupedContraction {
   }
   void write(Index c, const Entries& range, const float* sums) const {
     const Index t0 = c * selection->chunk(), pitch_of_sums = padded(*selection);
+    const float factor = factor_of(x.dropout, scale);
     each_token(c, range, [&](Index i) { std::fill_n(out.row(t0 + i), out.cols, 0.f); });
     for (Index g = 0; g < selection->groups(); ++g) {
       const Selection::List list = selection->list(c, g).inside(range.begin, range.end);
@@ -260,7 +261,7 @@ struct GroupedContraction {
         for (Index i = 0; i < list.count; ++i) {
           const float* const from = sums + (list.first_entry - range.begin + i) * pitch_of_sums + place;
           float* const to = out.row(t0 + list.entries[i].token) + run.begin;
-          for (Index j = 0; j < run.count; ++j) to[j] = scale * from[j];
+          for (Index j = 0; j < run.count; ++j) to[j] = factor * from[j];
         }
         place += round_up(run.count, width);
       });
@@ -280,19 +281,20 @@ struct GroupedContraction {
     };
     if constexpr (M == Major::row) {
       if (x.dropout.on()) {
-        const float* from[T];
-        for (int m = 0; m < T; ++m) from[m] = block + (i + m) * pitch(n);
+        DotRows<float, T> from;
+        for (int m = 0; m < T; ++m) from.p[m] = block + (i + m) * pitch(n);
         dot(n, from, w.row(r) + k, w.stride, tile);
       } else {
-        const X* from[T];
-        for (int m = 0; m < T; ++m) from[m] = x.rows.row(token(m)) + k;
+        DotRows<X, T> from;
+        for (int m = 0; m < T; ++m) from.p[m] = x.rows.row(token(m)) + k;
         dot(n, from, w.row(r) + k, w.stride, tile);
       }
     }
     if (k + sweep < w.cols)
       tile.store_to(sums, N * width);
     else
-      tile.each([&](int m, int j, Packet v) __attribute__((always_inline)) { out(token(m), r + j) = scale * sum(v); });
+      tile.each([&, factor = factor_of(x.dropout, scale) ](int m, int j, Packet v)
+                    __attribute__((always_inline)) { out(token(m), r + j) = factor * sum(v); });
   }
 };
 
@@ -463,17 +465,18 @@ struct GroupedSpread {
     };
     Tile<T, N> sum;
     sum.clear();
+    if (all.waits_for_y(to.first.count + to.second.count + all.second.w.rows))
+      unroll<T>([&](auto m) __attribute__((always_inline)) { all.template ask_for_y<N>(token(m), to.c); });
     const auto add_run = [&](Tile<T, N> & sum_of, const Selection::Run& run) __attribute__((always_inline)) {
       add_product(sum_of, all.first, run.begin, run.count, weights.first + run.begin * weights.first_step,
                   weights.first_step);
     };
     add_run(sum, to.first);
     if (to.second.count != 0) add_run(sum, to.second);
-    const Packet factor = splat(all.scale);
+    const Packet factor = splat(factor_of(all.dropout, all.scale));
     if (all.dropout.on()) {
-      const Packet kept = splat(all.scale * static_cast<float>(all.dropout.kept_scale()));
       sum.set([&](int i, int j, Packet v) __attribute__((always_inline)) {
-        return keep_lanes(mul(kept, v), to.keep + entries[i].token * to.keep_pitch, j * width);
+        return keep_lanes(mul(factor, v), to.keep + entries[i].token * to.keep_pitch, j * width);
       });
     } else {
       sum.set([&](int, int, Packet v) __attribute__((always_inline)) { return mul(factor, v); });
@@ -562,8 +565,8 @@ struct GroupedSpread {
   }
   /// v · scale, with dropout: what becomes of packet j of a panel of sums of the first product.
   [[gnu::always_inline]] Packet scaled(const std::uint8_t* keep, int j, Packet v) const {
-    if (!all.dropout.on()) return mul(splat(all.scale), v);
-    return keep_lanes(mul(splat(all.scale * static_cast<float>(all.dropout.kept_scale())), v), keep, j * width);
+    const Packet whole = mul(splat(factor_of(all.dropout, all.scale)), v);
+    return all.dropout.on() ? keep_lanes(whole, keep, j * width) : whole;
   }
   /// y (+)= what was summed, for the panel that begins at `column` of a band.
   void finish(const Band& band, Index column) const {
@@ -688,8 +691,9 @@ struct GroupedTokenSum {
   struct Listed {
     const float* first;  // of the chunk
     const Selection::Entry* entries;
-    static constexpr Index between = width;
-    [[gnu::always_inline]] const float* row(Index k) const { return first + entries[k].token * panel; }
+    [[gnu::always_inline]] Packet packet(Index k, Index n) const {
+      return load(first + entries[k].token * panel + n * width);
+    }
   };
 
   /// Whether every list of the chunk is tokens in a row, and few ranks meet them: what is read once need not be copied.
@@ -812,13 +816,14 @@ void GroupedTokenSum<X, G, M>::add_lists(const Job& job, Index c) const {
 template <class X, class G, Major M>
 void GroupedTokenSum<X, G, M>::run(Index g0, Index groups, Index c0, Index columns, float* scratch) const {
   const Selection& s = *selection;
+  while (s.share_ranks() && groups > 1 && idle(g0 + groups - 1)) --groups;  // ranks that no prefix reaches
   const Index r0 = s.rank_begin(g0), ranks = s.rank_begin(g0 + groups - 1) + s.rank_count(g0 + groups - 1) - r0;
   const Job job{g0, groups, c0, columns, r0, ranks, scratch, scratch + ranks * sweep};
   std::fill_n(job.sums, ranks * SumPanel::whole(columns), 0.f);
   for (Index c = 0; c < s.chunks(); ++c) s.of_many() ? add_lists(job, c) : add_chunk(job, c);
-  const auto finish = [&](Index begin, Index count) {
+  const auto finish = [&, factor = factor_of(x.dropout, scale)](Index begin, Index count) {
     for (Index j = 0; j < columns; j += panel) {
-      SumPanel::finish(job.sums + j * ranks + (begin - r0) * panel, scale, into,
+      SumPanel::finish(job.sums + j * ranks + (begin - r0) * panel, factor, into,
                        out.block(begin, count, c0 + j, smaller(panel, columns - j)));
     }
   };

@@ -5,7 +5,7 @@
 ///
 /// Computes:    M × N packets (outer) or M × N sums (dot), held in registers; which M and N, `RegisterTile` says.
 /// Parameters:  a: rows of numbers, consecutive in k (Rows3, RowList) or in m (Columns); panel: K rows of N packets (Panel,
-///              PacketPanel); x: M rows [K], w [N, K].
+///              PacketPanel); x: M rows [K] (DotRows), w [N, K].
 /// Errors:      none.
 /// Cost:        M·N multiply-adds and M + N loads per k (outer) or per `width` k (dot).
 /// Determinism: an element's sum does not depend on M, N or on its place in the tile.
@@ -94,19 +94,18 @@ struct Columns {
   }
 };
 
-/// Row k of a panel, `step` apart; its packets side by side.
+/// Packet n of row k of a panel: rows `step` apart, packets side by side.
 template <class W>
 struct Panel {
   const W* p;
   Index step;
-  static constexpr Index between = width;
-  [[gnu::always_inline]] const W* row(Index k) const { return p + k * step; }
+  [[gnu::always_inline]] Packet packet(Index k, Index n) const { return load(p + k * step + n * width); }
 };
-/// Row k of a panel whose packets lie `between` apart, each with its own rows together.
+/// The same of packets that lie `between` apart, each with its own rows together.
 struct PacketPanel {
   const float* p;
   Index between;
-  [[gnu::always_inline]] const float* row(Index k) const { return p + k * width; }
+  [[gnu::always_inline]] Packet packet(Index k, Index n) const { return load(p + k * width + n * between); }
 };
 
 struct NoHint {
@@ -119,9 +118,8 @@ template <int M, int N, class A, class B, class Hint = NoHint>
 #pragma GCC unroll 4
   for (Index k = 0; k < depth; ++k) {
     hint(k);
-    const auto* const row = panel.row(k);
     Packet b[N];
-    unroll<N>([&](auto n) __attribute__((always_inline)) { b[n] = load(row + n * panel.between); });
+    unroll<N>([&](auto n) __attribute__((always_inline)) { b[n] = panel.packet(k, n); });
     unroll<M>([&](auto m) __attribute__((always_inline)) {
       const Packet v = splat(a.template at<m>(k));
       unroll<N>([&](auto n) __attribute__((always_inline)) { tile.c[m][n] = fma(v, b[n], tile.c[m][n]); });
@@ -129,16 +127,26 @@ template <int M, int N, class A, class B, class Hint = NoHint>
   }
 }
 
+/// Packet k / width of row m of x, for `dot`.
+template <class X, int M>
+struct DotRows {
+  const X* p[M];
+  template <class Lanes>
+  [[gnu::always_inline]] Packet packet(int m, Index k, const Lanes& lanes) const {
+    return lanes.load(p[m] + k);
+  }
+};
+
 /// tile[m][r] += x[m][k…] ∘ w[r, k…], lane by lane; what is behind the last whole packet is padded with zeros.
 /// `hint(k)` comes before each step: prefetches.
-template <int M, int N, class X, class W, class Hint = NoHint>
-[[gnu::always_inline]] inline void dot(Index depth, const X* const (&x)[M], const W* w, Index w_stride,
-                                       Tile<M, N>& tile, Hint&& hint = {}) {
-  const auto step = [&](const auto& from, Index k) __attribute__((always_inline)) {
+template <int M, int N, class Rows, class W, class Hint = NoHint>
+[[gnu::always_inline]] inline void dot(Index depth, const Rows& x, const W* w, Index w_stride, Tile<M, N>& tile,
+                                       Hint&& hint = {}) {
+  const auto step = [&](Index k, const auto& lanes) __attribute__((always_inline)) {
     Packet a[M];
-    unroll<M>([&](auto m) __attribute__((always_inline)) { a[m] = from(x[m] + k); });
+    unroll<M>([&](auto m) __attribute__((always_inline)) { a[m] = x.packet(m, k, lanes); });
     unroll<N>([&](auto n) __attribute__((always_inline)) {
-      Packet b = from(w + n * w_stride + k);
+      Packet b = lanes.load(w + n * w_stride + k);
       if constexpr (M > 1) loramix::detail::keep_in_register(b);
       unroll<M>([&](auto m) __attribute__((always_inline)) { tile.c[m][n] = fma(a[m], b, tile.c[m][n]); });
     });
@@ -146,12 +154,9 @@ template <int M, int N, class X, class W, class Hint = NoHint>
   Index k = 0;
   for (; k + width <= depth; k += width) {
     hint(k);
-    step(
-        [](const auto* p) __attribute__((always_inline)) { return load(p); }, k);
+    step(k, WholePacket{});
   }
-  if (k < depth)
-    step(
-        [n = depth - k](const auto* p) __attribute__((always_inline)) { return load_part(p, n); }, k);
+  if (k < depth) step(k, PartOfPacket{depth - k});
 }
 
 /// Asks for rows one after the other, line by line, while something else is computed: the prefetcher of the machine follows a

@@ -66,7 +66,7 @@ class Selection {
   struct Run {
     Index expert, begin, count;
   };
-  static constexpr Index chunk_by_expert = 128, chunk_by_pair = 512, chunk_of_many = 4096;
+  static constexpr Index chunk_by_expert = 120, chunk_by_pair = 512, chunk_of_many = 4096;
 
   Selection() = default;
   /// `by` pairs: where lists_pairs; one of many, whose lists are long: where there are ids.

@@ -102,8 +102,8 @@ struct DotsOfRows {
  private:
   template <int M, int N>
   [[gnu::flatten, gnu::noinline]] void tile(Index j, Index k) const {
-    const L* from[M];
-    for (int m = 0; m < M; ++m) from[m] = left.row(j + m);
+    DotRows<L, M> from;
+    for (int m = 0; m < M; ++m) from.p[m] = left.row(j + m);
     Tile<M, N> sums;
     sums.clear();
     dot(left.cols, from, right.row(k), right.stride, sums);

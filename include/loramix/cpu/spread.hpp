@@ -64,15 +64,20 @@ struct Spread {
           lanes.store(to + j, into == Into::add ? add(lanes.load(to + j), v) : v);
         });
   }
+  /// Whether tiles of so many ranks are short beside the rows of y that they are added to, and those are in no L2.
+  bool waits_for_y(Index open_ranks) const {
+    return into == Into::add && open_ranks <= 32 && y.rows > some_tokens && elements(y.rows, y.cols) > 1 << 20;
+  }
+  /// The packets of row t that come four panels behind column c.
+  template <int N>
+  [[gnu::always_inline]] void ask_for_y(Index t, Index c) const {
+    const Y* const later = y.row(t) + c + 4 * panel;
+    unroll<N>([&](auto j) __attribute__((always_inline)) { prefetch(later + j * width); });
+  }
 
  private:
   static constexpr Index stream_values = 4096;  // sums of a piece: half of L1
   static constexpr int stream_ranks = RegisterTile::many ? 8 : 4;
-
-  /// Whether tiles are short beside the rows of y that they are added to, and those are in no L2.
-  bool waits_for_y() const {
-    return into == Into::add && ranks() <= 32 && y.rows > some_tokens && elements(y.rows, y.cols) > 1 << 20;
-  }
 
   static Index mask_values(Index sweep) { return rows * keep_bytes(sweep) / 4 + width; }
   static const W* at(MatrixView<const W, Space::host, M> w, Index c) { return w.rows == 0 ? nullptr : &w(0, c); }
@@ -83,22 +88,16 @@ struct Spread {
                                             Index step2, MatrixView<const std::uint8_t> keep) const {
     Tile<T, N> sum;
     sum.clear();
-    if (waits_for_y()) {
-      const Y* const later = y.row(t) + c + 4 * panel;
-      unroll<T>([&](auto i) __attribute__((always_inline)) {
-        unroll<N>([&](auto j) __attribute__((always_inline)) { prefetch(later + i * y.stride + j * width); });
-      });
-    }
+    if (waits_for_y(ranks())) unroll<T>([&](auto i) __attribute__((always_inline)) { ask_for_y<N>(t + i, c); });
     const auto ask = [&](Index r) __attribute__((always_inline)) {
       if constexpr (Ask)
         unroll<N>([&](auto j) __attribute__((always_inline)) { prefetch(w1 + r * step1 + panel + j * width); });
     };
     outer(first.w.rows, Rows3<T>(first.left.row(t), first.left.stride), Panel<Weight>{w1, step1}, sum, ask);
-    const Packet factor = splat(scale);
+    const Packet factor = splat(factor_of(dropout, scale));
     if (dropout.on()) {
-      const Packet kept = splat(scale * static_cast<float>(dropout.kept_scale()));
       sum.set([&](int i, int j, Packet v)
-                  __attribute__((always_inline)) { return keep_lanes(mul(kept, v), keep.row(i), j * width); });
+                  __attribute__((always_inline)) { return keep_lanes(mul(factor, v), keep.row(i), j * width); });
     } else {
       sum.set([&](int, int, Packet v) __attribute__((always_inline)) { return mul(factor, v); });
     }

@@ -1,7 +1,7 @@
 /// Sums over tokens: the gradients of A and B, in their own order.
 ///
 /// Computes:    out[r, c] (+)= scale · Σ_t left[t, r] · x̂[t, c]
-/// Reads:       left [T, R], x [T, d] (block by block: widened, with dropout applied, or copied).
+/// Reads:       left [T, R], x [T, d] (for few ranks where it lies, else block by block: widened, dropped, or copied).
 /// Adds to:     out [R, d] in either order, or assigns.
 /// Errors:      none: ops/expand.hpp and ops/shrink.hpp check.
 /// Cost:        one pass over x for every `ranks_of_job` ranks.
@@ -155,7 +155,7 @@ struct TokenSum {
   static constexpr Index ranks_of_job = 256;
 
   static Index ranks_of(Index ranks) { return round_up(smaller(ranks, ranks_of_job), rows); }
-  /// Whether rows of x are read where they lie, but for the last columns.
+  /// Whether rows of x are read where they lie, but for the last columns. `direct`: x.direct_under_bits().
   static bool in_place(Index ranks, bool direct) { return direct && ranks <= SumPanel::few_ranks; }
   /// Columns of a job: as many as keep its sums in L2, and of what is copied those of a page.
   static Index sweep_of(const Tuning& tuning, Index ranks, Index columns, bool direct) {
@@ -169,10 +169,11 @@ struct TokenSum {
   }
   static Index scratch(const Tuning& tuning, Index ranks, Index columns, bool direct) {
     const Index sweep = sweep_of(tuning, ranks, columns, direct), most = ranks_of(ranks);
-    const Index block = in_place(ranks, direct) ? panel : sweep;
-    return most * sweep + tuning.tokens_per_sum * (most + block) + sweep + 8 * width;
+    const bool lies = in_place(ranks, direct);
+    const Index bits = lies ? tokens_of(tuning, ranks) * (keep_bytes(sweep) / 4 + 1) : 0;
+    return most * sweep + tuning.tokens_per_sum * (most + (lies ? panel : sweep)) + sweep + 8 * width + bits;
   }
-  Index sweep() const { return sweep_of(tuning, ranks(), out.cols, x.direct()); }
+  Index sweep() const { return sweep_of(tuning, ranks(), out.cols, x.direct_under_bits()); }
 
   /// Ranks [r0, r0 + ranks) × columns [c0, c0 + columns), at most one job's.
   void run(Index r0, Index ranks, Index c0, Index columns, float* scratch) const;
@@ -196,19 +197,19 @@ struct TokenSum {
     if (M != Major::row || !std::is_same_v<G, float>) return false;
     return wide == panel && (second.rows == 0 || out.rows % rows == 0);
   }
-  GradientTile leave(Index r, Index c) const {
+  GradientTile leave(Index r, Index c, float factor) const {
     if constexpr (M == Major::row && std::is_same_v<G, float>) {
       const bool here = r < out.rows;
-      return {here ? &out(r, c) : &second(r - out.rows, c), here ? out.stride : second.stride, scale, into};
+      return {here ? &out(r, c) : &second(r - out.rows, c), here ? out.stride : second.stride, factor, into};
     }
     return {};
   }
   /// Sums of ranks [r0, r0 + ranks) in one panel's columns.
-  void finish(Index r0, Index ranks, Index c, Index wide, const float* sums) const {
+  void finish(Index r0, Index ranks, Index c, Index wide, const float* sums, float factor) const {
     const Index first = smaller(ranks, larger(0, out.rows - r0));
-    if (first > 0) SumPanel::finish(sums, scale, into, out.block(r0, first, c, wide));
+    if (first > 0) SumPanel::finish(sums, factor, into, out.block(r0, first, c, wide));
     if (first < ranks)
-      SumPanel::finish(sums + first * panel, scale, into, second.block(r0 + first - out.rows, ranks - first, c, wide));
+      SumPanel::finish(sums + first * panel, factor, into, second.block(r0 + first - out.rows, ranks - first, c, wide));
   }
 };
 
@@ -217,36 +218,49 @@ void TokenSum<X, G, M>::run(Index r0, Index ranks, Index c0, Index columns, floa
   const Index tokens = left.rows, step = tokens_of(tuning, ranks), of_panel = round_up(ranks, rows) * panel;
   // A tile that lacks one rank is a wide one, with zeros: narrow ones would read x several times. Where sums stay, that is.
   const Index padded = ranks % rows == rows - 1 && tokens > step ? round_up(ranks, rows) : ranks;
-  const Index copied = in_place(ranks, x.direct()) ? columns / panel * panel : 0;  // columns before are read in place
-  float* const sums = scratch;                                                     // [columns / panel][ranks][panel]
+  // Columns before are read in place.
+  const Index copied = in_place(this->ranks(), x.direct_under_bits()) ? columns / panel * panel : 0;
+  const bool under_bits = copied != 0 && x.dropout.on();
+  const float factor = factor_of(x.dropout, scale);
+  float* const sums = scratch;  // [columns / panel][ranks][panel]
   float* const lefts = sums + blocks_of(columns, panel) * of_panel;
   float* const block = lefts + round_up(ranks, rows) * step;
   float* const row = block + (SumPanel::whole(columns) - copied) * step;
+  std::uint8_t* const bits = reinterpret_cast<std::uint8_t*>(row + columns + 8 * width);  // [step, pitch_of_bits]
+  const Index pitch_of_bits = keep_bytes(columns);
   for (Index t = 0; t == 0 || t < tokens; t += step) {
     const Index n = smaller(step, tokens - t);
     for (Index r = 0; r < ranks; r += rows) gather(t, n, r0 + r, smaller(rows, ranks - r), lefts + r * n);
     SumPanel::copy(
         x, [t](Index i) { return t + i; }, n, c0 + copied, columns - copied, block, row);
+    for (Index i = 0; under_bits && i < n; ++i) keep_bits(x.dropout, t + i, c0, columns, bits + i * pitch_of_bits);
     for (Index c = 0; c < columns; c += panel) {
-      Panel<float> from{block + (c - copied) * n, panel};
-      // What is copied is asked for a step ahead, what is read in place two panels ahead.
-      ComingPanel coming;
-      if (copied == 0 && t + n < tokens) coming = {x.rows.row(t + n) + c0 + c, x.rows.stride, panel};
-      if constexpr (std::is_same_v<X, float>) {
-        if (c < copied && n > 0) {
-          from = {x.rows.row(t) + c0 + c, x.rows.stride};
-          coming = {from.p + 2 * panel, from.step, panel};
-        }
-      }
       const Index wide = smaller(panel, columns - c);
       const bool last = t + n >= tokens, leaves = last && padded == ranks && whole_tiles_leave(wide);
-      in_steps<rows>(padded, [&](auto m, Index r) {
-        SumPanel::tile<m, SumPanel::packets>(t == 0, n, lefts + r / rows * rows * n + r % rows, from,
-                                             sums + c / panel * of_panel + r * panel, coming,
-                                             leaves ? leave(r0 + r, c0 + c) : GradientTile{});
-        coming = {};  // once is enough
-      });
-      if (last && !leaves) finish(r0, ranks, c0 + c, wide, sums + c / panel * of_panel);
+      const auto add_up = [&](const auto& from, ComingPanel coming) {
+        in_steps<rows>(padded, [&](auto m, Index r) {
+          SumPanel::tile<m, SumPanel::packets>(t == 0, n, lefts + r / rows * rows * n + r % rows, from,
+                                               sums + c / panel * of_panel + r * panel, coming,
+                                               leaves ? leave(r0 + r, c0 + c, factor) : GradientTile{});
+          coming = {};  // once is enough
+        });
+      };
+      // What is copied is asked for a step ahead, what is read in place two panels ahead.
+      if (c >= copied || n == 0) {
+        ComingPanel coming;
+        if (copied == 0 && t + n < tokens) coming = {x.rows.row(t + n) + c0 + c, x.rows.stride, panel};
+        add_up(Panel<float>{block + (c - copied) * n, panel}, coming);
+      } else if constexpr (std::is_same_v<X, float>) {
+        const float* const rows_of_x = x.rows.row(t) + c0 + c;
+        const ComingPanel coming{rows_of_x + 2 * panel, x.rows.stride, panel};
+        if (under_bits) {
+          if constexpr (keeps_while_loading)
+            add_up(KeptPanel{rows_of_x, x.rows.stride, bits + c / 8, pitch_of_bits}, coming);
+        } else {
+          add_up(Panel<float>{rows_of_x, x.rows.stride}, coming);
+        }
+      }
+      if (last && !leaves) finish(r0, ranks, c0 + c, wide, sums + c / panel * of_panel, factor);
     }
   }
 }
