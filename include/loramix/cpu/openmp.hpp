@@ -18,7 +18,7 @@ class OpenMPExecutor {
   Index lanes() const { return threads_; }
   template <class Job>
   void run(Index jobs, const Job& job) const {
-    if (threads_ == 1 || jobs == 1) return SerialExecutor{}.run(jobs, job);  // a team of one costs half a microsecond
+    if (threads_ == 1 || jobs == 1) return SerialExecutor{}.run(jobs, job);  // OpenMP takes half a microsecond for it
     // Jobs by a counter of our own: LLVM's runtime takes memory for every loop that it hands out dynamically.
     std::atomic<Index> next{0};
 #pragma omp parallel num_threads(threads_)
