@@ -221,6 +221,9 @@ inline void copy_row(const Input<bfloat16>& x, Index t, Index k, Index n, Index 
   for (; j < wide; ++j) to[j] = bfloat16{0};
 }
 
+/// Ranks or tokens, rounded up to whole blocks of tiles.
+constexpr Index whole_tiles(Index n) { return round_up(n, TileBlock::columns); }
+
 /// out [T, R] = scale · x̂ Wᵀ.
 struct TileContraction {
   Input<bfloat16> x;
@@ -230,17 +233,16 @@ struct TileContraction {
 
   static constexpr Index sweep = 192;  // columns
   static constexpr Index pitch = sweep + 32;
-  static Index padded(Index ranks) { return round_up(ranks, TileBlock::columns); }
   /// Floats that all jobs share: the packed weights.
-  static Index shared(Index ranks, Index depth) { return elements(padded(ranks), round_up(depth, 32)) / 2 + 16; }
-  static Index scratch(Index ranks) { return 32 * padded(ranks) + 32 * pitch / 2; }
+  static Index shared(Index ranks, Index depth) { return elements(whole_tiles(ranks), round_up(depth, 32)) / 2 + 16; }
+  static Index scratch(Index ranks) { return 32 * whole_tiles(ranks) + 32 * pitch / 2; }
 
   void pack(Index k32, bfloat16* packed) const {
-    for (Index r = 0; r < w.rows; r += 32) pack_tiles(w, r, k32 * 32, packed + (k32 * padded(w.rows) + r) * 32);
+    for (Index r = 0; r < w.rows; r += 32) pack_tiles(w, r, k32 * 32, packed + (k32 * whole_tiles(w.rows) + r) * 32);
   }
   /// 32 tokens from t on.
   void run(Index t, const bfloat16* packed, float* scratch) const {
-    const Index ranks = padded(w.rows), n = smaller(32, out.rows - t);
+    const Index ranks = whole_tiles(w.rows), n = smaller(32, out.rows - t);
     float* const sums = scratch;
     bfloat16* const block = reinterpret_cast<bfloat16*>(sums + 32 * ranks);
     const Index pairs = larger(1, 16 / (ranks / 32));  // of lines, per step
@@ -285,10 +287,9 @@ struct TileSpread {
   const Spread<bfloat16, bfloat16, Major::row>* all;
 
   static constexpr Index sweep = 128;  // columns
-  static Index padded(Index ranks) { return round_up(ranks, 32); }
-  static Index shared(Index ranks, Index depth) { return elements(padded(ranks), round_up(depth, 32)) / 2 + 16; }
+  static Index shared(Index ranks, Index depth) { return elements(whole_tiles(ranks), round_up(depth, 32)) / 2 + 16; }
   static Index scratch(Index ranks, Index side) {
-    return 32 * sweep + 32 * (padded(ranks) + padded(side)) + 32 * keep_pitch / 4;
+    return 32 * sweep + 32 * (whole_tiles(ranks) + whole_tiles(side)) + 32 * keep_pitch / 4;
   }
 
   /// Up to 16 ranks: both parts fit side by side into the 32 that a tile sums over, and the weights below themselves.
@@ -312,7 +313,7 @@ struct TileSpread {
   /// 32 tokens from t on.
   void run(Index t, const bfloat16* packed, const bfloat16* packed_side, float* scratch) const {
     const auto& s = *all;
-    const Index n = smaller(32, s.y.rows - t), side = padded(s.second.w.rows), ranks = padded(s.first.w.rows);
+    const Index n = smaller(32, s.y.rows - t), side = whole_tiles(s.second.w.rows), ranks = whole_tiles(s.first.w.rows);
     float* const sums = scratch;  // [32, sweep]
     bfloat16* const parts = reinterpret_cast<bfloat16*>(sums + 32 * sweep);
     bfloat16* const side_parts = parts + 2 * 32 * ranks;
@@ -417,14 +418,15 @@ struct TileTokenSum {
   static constexpr Index sweep = 512;  // columns of a job
   static constexpr Index chunk = 256;  // tokens whose tiles lie together
   static constexpr Index ranks_of_job = 256;
-  static Index padded(Index n) { return round_up(n, 32); }
   /// Floats that all jobs share: both parts of leftᵀ.
-  static Index shared(Index tokens, Index ranks) { return elements(padded(tokens), padded(ranks)) + 16; }
-  static Index scratch(Index ranks) { return (chunk + 32) * sweep / 2 + sweep * smaller(padded(ranks), ranks_of_job); }
+  static Index shared(Index tokens, Index ranks) { return elements(whole_tiles(tokens), whole_tiles(ranks)) + 16; }
+  static Index scratch(Index ranks) {
+    return (chunk + 32) * sweep / 2 + sweep * smaller(whole_tiles(ranks), ranks_of_job);
+  }
 
   /// 32 tokens: packed[t / 32][r / 32][part] = [rank][token].
   void pack(Index t, bfloat16* packed) const {
-    const Index ranks = padded(left.cols);
+    const Index ranks = whole_tiles(left.cols);
     packed += t * 2 * ranks;
     for (Index r = 0; r < ranks; r += 32, packed += 2 * 1024) {
       float block[32 * 32];
@@ -436,7 +438,7 @@ struct TileTokenSum {
   }
   /// Ranks [r0, r0 + ranks) × columns [c0, c0 + columns), at most one job's.
   void run(Index r0, Index ranks, Index c0, Index columns, const bfloat16* packed, float* scratch) const {
-    const Index blocks = blocks_of(columns, 32), all_ranks = padded(left.cols), here = padded(ranks);
+    const Index blocks = blocks_of(columns, 32), all_ranks = whole_tiles(left.cols), here = whole_tiles(ranks);
     float* const sums = scratch;  // [ranks, sweep]
     bfloat16* const tiles = reinterpret_cast<bfloat16*>(sums + here * sweep);
     bfloat16* const dropped = tiles + chunk * sweep;  // [32, sweep]

@@ -30,13 +30,11 @@ struct Input {
   bool direct() const { return std::is_same_v<X, float> && !dropout.on(); }
   /// Whether they may if they apply dropout's bits to what they load (KeptPanel, KeptRows).
   bool direct_under_bits() const { return std::is_same_v<X, float> && (!dropout.on() || keeps_while_loading); }
-  /// Row t, columns [k, k + n), as floats, 0 where they are dropped; k is a multiple of 8.
+  /// Row t, columns [k, k + n), as floats, 0 where they are dropped; k is a multiple of 8, `out` has room for whole packets.
   void convert(Index t, Index k, Index n, float* out) const {
     const X* const from = rows.row(t) + k;
     if (dropout.on()) return drop(dropout, t, k, n, from, out);
-    Index i = 0;
-    for (; i + width <= n; i += width) store(out + i, load(from + i));
-    if (i < n) store_part(out + i, load_part(from + i, n - i), n - i);
+    widen_row(from, n, out);
   }
   /// The same, as it lies or converted into `room`.
   const float* row(Index t, Index k, Index n, float* room) const {
@@ -292,12 +290,7 @@ void DotContraction<X, W>::run(Index t0, Index n, Index r, Index ranks, float* s
     // Zeros behind the last rank: one wide tile rather than narrow ones, each of which reads x.
     const Index padded = ranks > tile_ranks / 2 ? tile_ranks : ranks;
     std::fill_n(copy + ranks * pitch(length), (padded - ranks) * pitch(length), 0.f);
-    for (Index j = 0; j < ranks; ++j) {
-      const W* const from = w.row(r + j) + k;
-      float* const to = copy + j * pitch(length);
-      over_packets(
-          length, [&](Index i, auto lanes) __attribute__((always_inline)) { store(to + i, lanes.load(from + i)); });
-    }
+    for (Index j = 0; j < ranks; ++j) widen_row(w.row(r + j) + k, length, copy + j * pitch(length));
     if (k + sweep < depth) next = {w.row(r) + k + sweep, w.stride, ranks, smaller(sweep, depth - k - sweep)};
     multiply(static_cast<const float*>(copy), pitch(length), padded);
   }

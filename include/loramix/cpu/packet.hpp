@@ -164,6 +164,18 @@ template <class F>
   if (c < n) f(c, PartOfPacket{n - c});
 }
 
+/// to[i] = from[i], widened, for i in [0, n), and zeros up to a whole packet.
+template <class T>
+[[gnu::always_inline]] inline void widen_row(const T* from, Index n, float* to) {
+  over_packets(
+      n, [&](Index i, auto lanes) __attribute__((always_inline)) { store(to + i, lanes.load(from + i)); });
+}
+/// to (+)= v.
+template <class T, class Lanes>
+[[gnu::always_inline]] inline void add_or_set(T* to, Packet v, Into into, const Lanes& lanes) {
+  lanes.store(to, into == Into::add ? add(lanes.load(to), v) : v);
+}
+
 }  // namespace detail
 }  // namespace cpu
 }  // namespace LORAMIX_ABI

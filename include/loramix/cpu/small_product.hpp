@@ -60,8 +60,9 @@ struct FewRows {
     Tile<T, packets> sum;
     sum.clear();
     outer(right.rows, RowsOf<L, M>{left, j}, Panel<R>{right.data + c, right.stride}, sum);
-    sum.each([&](int m, int n, Packet v)
-                 __attribute__((always_inline)) { put(out.row(j + m) + c + n * width, v, WholePacket{}); });
+    sum.each([&](int m, int n, Packet v) __attribute__((always_inline)) {
+      add_or_set(out.row(j + m) + c + n * width, v, into, WholePacket{});
+    });
   }
   template <int T, class Lanes>
   [[gnu::flatten, gnu::noinline]] void packet(Index j, Index c, const Lanes& lanes) const {
@@ -72,11 +73,7 @@ struct FewRows {
       const Packet b = lanes.load(right.row(k) + c);
       unroll<T>([&](auto m) __attribute__((always_inline)) { sum[m] = fma(splat(a.template at<m>(k)), b, sum[m]); });
     }
-    unroll<T>([&](auto m) __attribute__((always_inline)) { put(out.row(j + m) + c, sum[m], lanes); });
-  }
-  template <class Lanes>
-  [[gnu::always_inline]] void put(Out* to, Packet v, const Lanes& lanes) const {
-    lanes.store(to, into == Into::add ? add(lanes.load(to), v) : v);
+    unroll<T>([&](auto m) __attribute__((always_inline)) { add_or_set(out.row(j + m) + c, sum[m], into, lanes); });
   }
 };
 

@@ -59,10 +59,7 @@ struct Spread {
     if (idle != nullptr && idle[t] != 0) return;
     Y* const to = y.row(t) + c;
     over_packets(
-        n, [&](Index j, auto lanes) __attribute__((always_inline)) {
-          const Packet v = load(row + j);
-          lanes.store(to + j, into == Into::add ? add(lanes.load(to + j), v) : v);
-        });
+        n, [&](Index j, auto lanes) __attribute__((always_inline)) { add_or_set(to + j, load(row + j), into, lanes); });
   }
   /// Whether tiles of so many ranks are short beside the rows of y that they are added to, and those are in no L2.
   bool waits_for_y(Index open_ranks) const {
@@ -133,9 +130,8 @@ struct Spread {
           unroll<T>([&](auto i) __attribute__((always_inline)) {
             if (!ends) return store(sums + i * pitch + k, sum[i]);
             if (idle != nullptr && idle[t + i] != 0) return;
-            Y* const to = y.row(t + i) + c + k;
-            const Packet v = mul(factor, sum[i]);  // and added with a rounding of its own, as a panel is
-            lanes.store(to, into == Into::add ? add(lanes.load(to), v) : v);
+            // Added with a rounding of its own, as a panel is.
+            add_or_set(y.row(t + i) + c + k, mul(factor, sum[i]), into, lanes);
           });
         });
   }
