@@ -1,9 +1,11 @@
 // Products of small matrices on packets, against sums in double with the bound of their rounding; every tail, both orders.
 #include <doctest/doctest.h>
 
+#include <cmath>
 #include <vector>
 
 #include <loramix/ops/reparam.hpp>
+#include <loramix/ops/row_norm.hpp>
 #include <loramix/ops/small_product.hpp>
 
 #include "cpu/sums.hpp"
@@ -71,6 +73,46 @@ TEST_CASE_TEMPLATE("ranks that are mixed, and their gradient", T, float, lm::bfl
       check_sums(dots, products, into, s.columns, [&](Index j, Index k, const auto& term) {
         for (Index c = 0; c < s.columns; ++c) term(in.at(j, c) * other.at(k, c));
       });
+    }
+  }
+}
+
+TEST_CASE_TEMPLATE("norms of the rows of a weight plus a low-rank change", T, float, lm::bfloat16) {
+  Random random(seed(74));
+  constexpr Index columns = 37;
+  constexpr float scale = 1.5f;
+  for (const Index rows : {1, 15, 64, 131}) {
+    for (const Index ranks : {0, 1, 7, 64}) {
+      CAPTURE(rows);
+      CAPTURE(ranks);
+      Guarded<T> weights(random, rows, columns), A(random, ranks, columns), b(random, ranks, rows);
+      const Guarded<float> old(random, 2, rows);
+      const auto both = on_lanes(old, [&](const auto& be, lm::MatrixView<float> out) {
+        const lm::VectorView<float> squares{out.row(0), rows}, norms{out.row(1), rows};
+        lm::row_squares(be, lm::RowSquares<T, float, host>{weights.view(), squares});
+        const lm::DoraNorms<T, T, float, host> op{weights.view(),        squares, A.view(),
+                                                  b.view().transposed(), scale,   norms};
+        Scratch scratch(lm::Arena<>::with_alignment(lm::dora_norms_bytes(be, op)));
+        lm::dora_norms(be, op, scratch.arena());
+        CHECK(scratch.intact());
+      });
+      Index wrong = 0;
+      for (Index i = 0; i < rows; ++i) {
+        double square = 0, size = 0;  // of the row; of the terms of which its square is summed
+        for (Index c = 0; c < columns; ++c) {
+          double change = 0, terms = std::abs(weights.at(i, c));
+          for (Index k = 0; k < ranks; ++k) {
+            change += b.at(k, i) * A.at(k, c);
+            terms += scale * std::abs(b.at(k, i) * A.at(k, c));
+          }
+          square += std::pow(weights.at(i, c) + scale * change, 2);
+          size += terms * terms;
+        }
+        const double unit = 0x1p-24, norm = std::sqrt(square);
+        const double bound = static_cast<double>(columns + 2 * ranks + 8) * unit * size / norm + unit * norm;
+        wrong += std::abs(both.at(1, i) - norm) <= bound ? 0 : 1;
+      }
+      CHECK(wrong == 0);
     }
   }
 }

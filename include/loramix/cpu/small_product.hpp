@@ -1,8 +1,10 @@
-/// Row bodies that are products of small matrices, in register tiles: what re-parametrised weights and scores of tasks cost.
+/// Row bodies that are products of small matrices, in register tiles: what re-parametrised weights, scores of tasks and DoRA's
+/// norms cost.
 ///
 /// Computes:    MixRanks and detail::SmallProduct: out[j, :] (+)= Σ_k left[j, k] right[k, :];
-///              RankProducts: out[j, k] (+)= ⟨row j, row k⟩; for float, bfloat16 and half summed in float.
-/// Reads:       what the bodies read (ops/reparam.hpp, ops/small_product.hpp).
+///              RankProducts: out[j, k] (+)= ⟨row j, row k⟩; DoraNorms: its two sums over ranks; for float, bfloat16 and half
+///              summed in float.
+/// Reads:       what the bodies read (ops/reparam.hpp, ops/row_norm.hpp, ops/small_product.hpp).
 /// Adds to:     what they add to.
 /// Errors:      none: the bodies were checked.
 /// Cost:        no scratch; the bodies' flop at the speed of register tiles.
@@ -12,6 +14,7 @@
 #include <loramix/cpu/kernels.hpp>
 #include <loramix/cpu/rows.hpp>
 #include <loramix/ops/reparam.hpp>
+#include <loramix/ops/row_norm.hpp>
 #include <loramix/ops/small_product.hpp>
 
 namespace loramix {
@@ -109,6 +112,56 @@ struct DotsOfRows {
   }
 };
 
+/// DoRA's norms of a panel of rows at a time: B's columns are consecutive where its rows lie a row of B apart.
+template <class Base, class W>
+struct NormsOfRows {
+  DoraNorms<Base, W, float, Space::host> op;
+
+  static constexpr int packets = RegisterTile::wide, ranks = RegisterTile::rows_of(packets);
+  static constexpr Index panel = packets * width;
+
+  template <class E>
+  void run(const Backend<E>& be) const {
+    be.run(blocks_of(op.norms.size, panel), [this](Index job, Index) {
+      const Index begin = job * panel, n = smaller(panel, op.norms.size - begin), r = op.A.rows;
+      float cross[panel] = {}, square[panel] = {};
+      for (Index k = 0; k < r; ++k) {
+        for (Index i = 0; i < n; ++i) cross[i] += op.mixed(begin + i, k) * widen<float>(op.B(begin + i, k));
+      }
+      in_steps<ranks>(r, [&](auto m, Index k) {
+        if (n == panel) return tile<m, packets>(k, begin, WholePacket{}, square);
+        over_packets(n, [&](Index i, const auto& lanes) { tile<m, 1>(k, begin + i, lanes, square + i); });
+      });
+      for (Index i = 0; i < n; ++i) op.finish(SerialTeam{}, begin + i, cross[i], square[i]);
+    });
+  }
+
+ private:
+  /// Bᵀ from a row of B on.
+  template <class Lanes>
+  struct Columns {
+    MatrixView<const W> ranks;
+    Index begin;
+    Lanes lanes;
+    [[gnu::always_inline]] Packet packet(Index k, Index n) const {
+      return lanes.load(ranks.row(k) + begin + n * width);
+    }
+  };
+  /// square[i] += Σ of (A Aᵀ Bᵀ)[k, i] · Bᵀ[k, i] over T ranks from k on, for N packets of rows i of B.
+  template <int T, int N, class Lanes>
+  [[gnu::flatten, gnu::noinline]] void tile(Index k, Index begin, const Lanes& lanes, float* square) const {
+    const Columns<Lanes> b{op.B.transposed(), begin, lanes};
+    Tile<T, N> sum;
+    sum.clear();
+    outer(op.A.rows, RowsOf<float, Major::row>{op.gram, k}, b, sum);
+    Packet total[N];
+    unroll<N>([&](auto n) __attribute__((always_inline)) { total[n] = load(square + n * width); });
+    sum.each([&](int m, int n, Packet v)
+                 __attribute__((always_inline)) { total[n] = fma(v, b.packet(k + m, n), total[n]); });
+    unroll<N>([&](auto n) __attribute__((always_inline)) { store(square + n * width, total[n]); });
+  }
+};
+
 template <class... T>
 inline constexpr bool all_stored = ((std::is_same_v<std::remove_const_t<T>, float> ||
                                      is_16bit<std::remove_const_t<T>>)&&...);
@@ -136,6 +189,12 @@ void execute_impl(const Backend<E>& be, const Rows<RankProducts<L, W, float, Out
                   Arena<>) {
   const auto& b = op.body;
   detail::run_product(be, op, detail::DotsOfRows<L, W, Out>{b.left.transposed(), b.right.transposed(), b.out, b.into});
+}
+
+template <class E, class Base, class W>
+  requires detail::all_stored<Base, W>
+void execute_impl(const Backend<E>& be, const Rows<DoraNorms<Base, W, float, Space::host>, Space::host>& op, Arena<>) {
+  detail::run_product(be, op, detail::NormsOfRows<Base, W>{op.body});
 }
 
 template <class E, class W, class G, Major M>

@@ -87,12 +87,17 @@ struct DoraNorms {
       for (Index k = 0; k < r; ++k) row += gram(j, k) * widen<Acc>(B(i, k));
       return row * widen<Acc>(B(i, j));
     });
+    finish(team, i, cross, square);
+  }
+  /// n_i of cross = ⟨(W Aᵀ)_i, B_i⟩ and square = ⟨(B(AAᵀ))_i, B_i⟩.
+  template <Team Tm>
+  LORAMIX_HD void finish(const Tm& team, Index i, Acc cross, Acc square) const {
     const Acc twice = Acc(2) * scale * cross, last = scale * scale * square;
     Acc n2 = squares[i] + twice + last;
     if (!(n2 > Acc(0.01) * (squares[i] + (twice < Acc(0) ? -twice : twice) + last))) {
       n2 = team.sum(weights.cols, [&](Index c) {
         Acc change = Acc(0);
-        for (Index k = 0; k < r; ++k) change += widen<Acc>(B(i, k)) * widen<Acc>(A(k, c));
+        for (Index k = 0; k < A.rows; ++k) change += widen<Acc>(B(i, k)) * widen<Acc>(A(k, c));
         const Acc w = widen<Acc>(weights(i, c)) + scale * change;
         return w * w;
       });
