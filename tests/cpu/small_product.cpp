@@ -81,7 +81,7 @@ TEST_CASE_TEMPLATE("norms of the rows of a weight plus a low-rank change", T, fl
   Random random(seed(74));
   constexpr Index columns = 37;
   constexpr float scale = 1.5f;
-  for (const Index rows : {1, 15, 64, 131}) {
+  for (const Index rows : {1, 15, 64, 100}) {
     for (const Index ranks : {0, 1, 7, 64}) {
       CAPTURE(rows);
       CAPTURE(ranks);
