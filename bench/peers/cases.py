@@ -142,4 +142,5 @@ def shapes():
 
 
 CASES = [*speed_table(), *shapes()]
+FAILED = "*"  # the peer of a row that says what went wrong with all of them
 QUICK = ("speed/dense/T256", "speed/top2/T256", "speed/lora/T16", "speed/lora/T256", "B3", "B14")
