@@ -14,6 +14,7 @@ from sources import ROOT, code_only, finish, shown
 LINES = 100
 FOLDER = ROOT / "examples" / "adapters"
 LIST = FOLDER / "list.hpp"
+# Not what a program wrote: bench/results, bench/peers/results.
 CODE = {".hpp", ".cpp", ".cuh", ".cu", ".in", ".cmake", ".txt", ".py", ""}
 
 
@@ -26,7 +27,7 @@ def names_of(text):
 def main():
     problems, sizes = [], []
     sources = [p for folder in ("bench", "cmake", "examples", "include", "tests") for p in sorted((ROOT / folder).rglob("*"))
-               if p.is_file() and p.suffix in CODE] + [ROOT / "dev", ROOT / "CMakeLists.txt"]
+               if p.is_file() and p.suffix in CODE and "results" not in p.parts] + [ROOT / "dev", ROOT / "CMakeLists.txt"]
     for header in sorted(FOLDER.glob("*.hpp")):
         if header == LIST:
             continue
