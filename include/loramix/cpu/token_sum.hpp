@@ -179,6 +179,7 @@ struct TokenSum {
   void run(Index r0, Index ranks, Index c0, Index columns, float* scratch) const;
 
  private:
+  float factor() const { return factor_of(x.dropout, scale); }
   /// to[i][j] = left(t + i, r + j): what a tile reads lies together; zeros behind the last rank.
   void gather(Index t, Index n, Index r, Index ranks, float* to) const {
     if (ranks == rows && r + rows <= out.rows) {
@@ -197,19 +198,20 @@ struct TokenSum {
     if (M != Major::row || !std::is_same_v<G, float>) return false;
     return wide == panel && (second.rows == 0 || out.rows % rows == 0);
   }
-  GradientTile leave(Index r, Index c, float factor) const {
+  GradientTile leave(Index r, Index c) const {
     if constexpr (M == Major::row && std::is_same_v<G, float>) {
       const bool here = r < out.rows;
-      return {here ? &out(r, c) : &second(r - out.rows, c), here ? out.stride : second.stride, factor, into};
+      return {here ? &out(r, c) : &second(r - out.rows, c), here ? out.stride : second.stride, factor(), into};
     }
     return {};
   }
   /// Sums of ranks [r0, r0 + ranks) in one panel's columns.
-  void finish(Index r0, Index ranks, Index c, Index wide, const float* sums, float factor) const {
+  void finish(Index r0, Index ranks, Index c, Index wide, const float* sums) const {
     const Index first = smaller(ranks, larger(0, out.rows - r0));
-    if (first > 0) SumPanel::finish(sums, factor, into, out.block(r0, first, c, wide));
+    if (first > 0) SumPanel::finish(sums, factor(), into, out.block(r0, first, c, wide));
     if (first < ranks)
-      SumPanel::finish(sums + first * panel, factor, into, second.block(r0 + first - out.rows, ranks - first, c, wide));
+      SumPanel::finish(sums + first * panel, factor(), into,
+                       second.block(r0 + first - out.rows, ranks - first, c, wide));
   }
 };
 
@@ -221,7 +223,6 @@ void TokenSum<X, G, M>::run(Index r0, Index ranks, Index c0, Index columns, floa
   // Columns before are read in place.
   const Index copied = in_place(this->ranks(), x.direct_under_bits()) ? columns / panel * panel : 0;
   const bool under_bits = copied != 0 && x.dropout.on();
-  const float factor = factor_of(x.dropout, scale);
   float* const sums = scratch;  // [columns / panel][ranks][panel]
   float* const lefts = sums + blocks_of(columns, panel) * of_panel;
   float* const block = lefts + round_up(ranks, rows) * step;
@@ -241,7 +242,7 @@ void TokenSum<X, G, M>::run(Index r0, Index ranks, Index c0, Index columns, floa
         in_steps<rows>(padded, [&](auto m, Index r) {
           SumPanel::tile<m, SumPanel::packets>(t == 0, n, lefts + r / rows * rows * n + r % rows, from,
                                                sums + c / panel * of_panel + r * panel, coming,
-                                               leaves ? leave(r0 + r, c0 + c, factor) : GradientTile{});
+                                               leaves ? leave(r0 + r, c0 + c) : GradientTile{});
           coming = {};  // once is enough
         });
       };
@@ -260,7 +261,7 @@ void TokenSum<X, G, M>::run(Index r0, Index ranks, Index c0, Index columns, floa
           add_up(Panel<float>{rows_of_x, x.rows.stride}, coming);
         }
       }
-      if (last && !leaves) finish(r0, ranks, c0 + c, wide, sums + c / panel * of_panel, factor);
+      if (last && !leaves) finish(r0, ranks, c0 + c, wide, sums + c / panel * of_panel);
     }
   }
 }
