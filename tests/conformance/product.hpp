@@ -238,7 +238,7 @@ class ProductTest {
 
   template <lm::Major M>
   void run_order() {
-    INFO("B is ", M == row ? "row-major" : "rank-major");
+    INFO("B is ", std::string(M == row ? "row-major" : "rank-major"));
     const Tensor<H, W, M> B(harness_, B_values_, case_.padding);
     truth_.B = B.values().template as<Tracked>();
 
@@ -338,7 +338,7 @@ class ProductTest {
     const Grid<double> got = tensor.read(harness_, problem), old = tensor.values();
     const bool nothing = zero || data_.tokens == 0 || data_.ranks == 0 || (case_.dropout && case_.shape.d_in < 8);
     if (problem.empty()) problem = compare<Store, Acc>(got, want, into == lm::Into::add ? &old : nullptr, nothing);
-    CHECK_MESSAGE(problem.empty(), what, ": ", problem);
+    CHECK_MESSAGE(problem.empty(), std::string(what), ": ", problem);
   }
 
   H& harness_;

@@ -5,7 +5,7 @@
 /// Writes:      out [T, R], assigned.
 /// Errors:      none: ops/shrink.hpp and ops/expand.hpp check.
 /// Cost:        one pass over x. More than half a packet of ranks: packed weights, register tiles of tokens × ranks,
-///              sweeps of one page of columns. Fewer, and T ≤ 64: dot products.
+///              sweeps of one page of columns. Fewer, those behind the last whole packet, and T ≤ 64: dot products.
 /// Determinism: an output depends on its row of x only, and not on threads.
 /// Example:     ops/shrink.hpp
 #pragma once
@@ -107,8 +107,9 @@ struct PanelContraction {
     for (; j < n; ++j) to[j] = factor * sums[j];
   }
 
-  /// g tokens from t on × columns [k, k + n). What is converted is converted in blocks that stay in L1.
-  void tokens_by(Index t, Index g, Index k, Index n, const float* panels, Index padded, float* sums,
+  /// g tokens from t on × columns [k, k + n): the first `packed` of `padded` sums. What is converted is converted in blocks that
+  /// stay in L1.
+  void tokens_by(Index t, Index g, Index k, Index n, const float* panels, Index packed, Index padded, float* sums,
                  float* block) const {
     const Index step = x.direct() ? n : converted;
     for (Index c = 0; c < n; c += step) {
@@ -122,7 +123,7 @@ struct PanelContraction {
         for (Index i = 0; i < g; ++i) x.convert(t + i, k + c, columns, block + i * stride);
       }
       RowWalk next = behind(t, g, k, k + c + columns);
-      for_panels(padded, [&](auto packets, Index begin) {
+      for_panels(packed, [&](auto packets, Index begin) {
         const auto run = [&](auto m, Index i) {
           tile<m, packets>(columns, rows + i * stride, stride, panels + begin * n + c * packets * width,
                            sums + i * padded + begin, padded, k + c == 0, next);
@@ -134,6 +135,34 @@ struct PanelContraction {
           in_steps<smaller(most, narrow_group)>(g, run);
       });
     }
+  }
+  /// Ranks behind the last whole packet that are summed by dot products: at most half a packet, of weights and rows of x whose
+  /// values follow each other.
+  Index rest() const {
+    const Index behind = w.ranks() % width;
+    return M == Major::row && x.direct() && behind <= width / 2 ? behind : 0;
+  }
+  static_assert(width / 2 <= RegisterTile::dot_columns);
+  /// The same g tokens and columns: those ranks.
+  void rest_by(Index t, Index g, Index k, Index n, const WovenRows& rows, float* sums, Index padded) const {
+    in_steps<RegisterTile::dot_rows>(g, [&](auto m, Index i) {
+      in_steps<RegisterTile::dot_columns>(rows.rows, [&](auto ranks, Index) {
+        DotRows<X, m> from;
+        for (int j = 0; j < m; ++j) from.p[j] = x.rows.row(t + i + j) + k;
+        dot_sums<m, ranks>(n, from, rows, sums + i * padded, padded, k == 0);
+      });
+    });
+  }
+  template <int T, int N>
+  [[gnu::flatten, gnu::noinline]] static void dot_sums(Index n, const DotRows<X, T>& from, const WovenRows rows,
+                                                       float* sums, Index padded, bool first) {
+    Tile<T, N> c;
+    c.clear();
+    dot(n, from, rows, c);
+    c.each([&](int m, int r, Packet v) __attribute__((always_inline)) {
+      float& to = sums[m * padded + r];
+      to = first ? sum(v) : to + sum(v);
+    });
   }
   /// What is converted next: the same tokens' columns from c on, or the next tokens' from k on.
   RowWalk behind(Index t, Index g, Index k, Index c) const {
@@ -163,15 +192,25 @@ template <class X, class W, Major M>
 void PanelContraction<X, W, M>::run(const Jobs& jobs, Index job, float* scratch) const {
   const Index r = job % jobs.rank_jobs * jobs.ranks, t0 = jobs.tokens.begin(job / jobs.rank_jobs);
   const Index ranks = smaller(jobs.ranks, w.ranks() - r), padded = round_up(ranks, width);
+  const Index rest = r + ranks == w.ranks() ? this->rest() : 0, woven = woven_rows(rest),
+              packed = padded - (rest == 0 ? 0 : width);
   const Index n = jobs.tokens.count(job / jobs.rank_jobs);
   float* const sums = scratch;
   float* const panels = sums + n * padded;
   for (Index k = 0; k < w.columns(); k += sweep) {
     const Index columns = smaller(sweep, w.columns() - k);
-    pack(w, r, ranks, k, columns, panels);
+    float* const last = panels + packed * columns;
+    pack(w, r, ranks - rest, k, columns, panels);
+    if constexpr (M == Major::row) {
+      if (rest != 0) weave(w.last(rest), k, columns, last, woven);
+    }
     const Index step = padded > narrow ? group : narrow_group;
     for (Index t = 0; t < n; t += step) {
-      tokens_by(t0 + t, smaller(step, n - t), k, columns, panels, padded, sums + t * padded, panels + padded * columns);
+      const Index g = smaller(step, n - t);
+      tokens_by(t0 + t, g, k, columns, panels, packed, padded, sums + t * padded, panels + padded * columns);
+      if constexpr (std::is_same_v<X, float>) {
+        if (rest != 0) rest_by(t0 + t, g, k, columns, {last, woven}, sums + t * padded + packed, padded);
+      }
     }
   }
   const Index begin_of_second = w.begin_of_second();
@@ -184,7 +223,7 @@ void PanelContraction<X, W, M>::run(const Jobs& jobs, Index job, float* scratch)
 }
 
 /// A contraction by dot products: few ranks, or few tokens. Weights are read as they lie, or, where more than a few tokens
-/// meet them, from a copy in L1, whose rows share few sets.
+/// meet them, from a copy in L1, woven into one stream.
 template <class X, class W>
 struct DotContraction {
   Input<X> x;
@@ -215,9 +254,16 @@ struct DotContraction {
   void run(Index t0, Index n, Index r, Index ranks, float* scratch) const;
 
  private:
-  template <int M, int N, class V>
-  [[gnu::flatten, gnu::noinline]] void tile(Index t, Index k, Index length, Index r, const V* weights, Index stride,
-                                            float* sums, float* block, RowWalk& next) const {
+  /// `count` tiles of M tokens, from t on, × N ranks × columns [k, k + length).
+  template <int M, int N, class Weights>
+  [[gnu::flatten, gnu::noinline]] void tiles(Index count, Index t, Index k, Index length, Index r,
+                                             const Weights weights, float* sums, float* block, RowWalk& next) const {
+    for (; count > 0; --count, t += M, sums += M * tile_ranks * width)
+      tile<M, N>(t, k, length, r, weights, sums, block, next);
+  }
+  template <int M, int N, class Weights>
+  [[gnu::always_inline]] void tile(Index t, Index k, Index length, Index r, const Weights& weights, float* sums,
+                                   float* block, RowWalk& next) const {
     Tile<M, N> c;
     if (k == 0)
       c.clear();
@@ -227,14 +273,13 @@ struct DotContraction {
       RowWalk walk = next;
       if (x.rows.rows > some_tokens)  // rows of x are what comes from far; of few, weights
         dot(
-            length, from, weights, stride, c,
+            length, from, weights, c,
             [&, ahead = tile_tokens * x.rows.stride ](Index i) __attribute__((always_inline)) {
               unroll<M>([&](auto m) __attribute__((always_inline)) { prefetch(from.p[m] + i + ahead); });
             });
       else
         dot(
-            length, from, weights, stride,
-            c, [&](Index i) __attribute__((always_inline)) { walk.template step<width>(i); });
+            length, from, weights, c, [&](Index i) __attribute__((always_inline)) { walk.template step<width>(i); });
       next = walk;
     };
     if (!x.dropout.on()) {
@@ -275,24 +320,22 @@ void DotContraction<X, W>::run(Index t0, Index n, Index r, Index ranks, float* s
   for (Index k = 0; k < depth; k += sweep) {
     const Index length = smaller(sweep, depth - k);
     RowWalk next{};
-    const auto multiply = [&](const auto* weights, Index stride, Index of) {
-      in_steps<tile_tokens>(n, [&](auto m, Index t) {
-        in_steps<tile_ranks>(of, [&](auto c, Index j) {
-          tile<m, c>(t0 + t, k, length, r + j, weights + j * stride, stride, scratch + (t * tile_ranks + j * m) * width,
-                     block, next);
+    const auto multiply = [&](const auto& weights, Index of) {
+      in_steps<tile_ranks>(of, [&](auto c, Index j) {
+        in_runs<tile_tokens>(n, [&](auto m, Index t, Index count) {
+          tiles<m, c>(count, t0 + t, k, length, r + j, weights.from(j), scratch + (t * tile_ranks + j * m) * width,
+                      block, next);
         });
       });
     };
     if (n < least_of_copy) {
-      multiply(w.row(r) + k, w.stride, ranks);
+      multiply(WeightRows<W>{w.row(r) + k, w.stride}, ranks);
       continue;
     }
-    // Zeros behind the last rank: one wide tile rather than narrow ones, each of which reads x.
-    const Index padded = ranks > tile_ranks / 2 ? tile_ranks : ranks;
-    std::fill_n(copy + ranks * pitch(length), (padded - ranks) * pitch(length), 0.f);
-    for (Index j = 0; j < ranks; ++j) widen_row(w.row(r + j) + k, length, copy + j * pitch(length));
+    const Index padded = woven_rows(ranks);
+    weave(w.row_range(r, ranks), k, length, copy, padded);
     if (k + sweep < depth) next = {w.row(r) + k + sweep, w.stride, ranks, smaller(sweep, depth - k - sweep)};
-    multiply(static_cast<const float*>(copy), pitch(length), padded);
+    multiply(WovenRows{copy, padded}, padded);
   }
 }
 

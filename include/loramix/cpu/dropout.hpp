@@ -140,6 +140,7 @@ struct KeptPanel {
   [[gnu::always_inline]] Packet packet(Index k, Index n) const {
     return keep_lanes(load(p + k * step + n * width), bits + k * bits_step, n * width);
   }
+  [[gnu::always_inline]] void move(Index columns) { p += columns, bits += columns / 8; }
 };
 template <int M>
 struct KeptRows {

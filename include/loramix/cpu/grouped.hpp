@@ -240,7 +240,7 @@ struct GroupedContraction {
         DotRows<float, T> from;
         for (int m = 0; m < T; ++m) from.p[m] = rows + entries[m].token * stride + c;
         unroll<T * 2>([&](auto) __attribute__((always_inline)) { walk.template step<1>(0); });
-        dot(smaller(step, n - c), from, w.row(r) + k + c, w.stride, tile);
+        dot(smaller(step, n - c), from, WeightRows<W>{w.row(r) + k + c, w.stride}, tile);
       }
       next = walk;
       tile.each([&](int m, int j, Packet v) __attribute__((always_inline)) {
@@ -283,11 +283,11 @@ struct GroupedContraction {
       if (x.dropout.on()) {
         DotRows<float, T> from;
         for (int m = 0; m < T; ++m) from.p[m] = block + (i + m) * pitch(n);
-        dot(n, from, w.row(r) + k, w.stride, tile);
+        dot(n, from, WeightRows<W>{w.row(r) + k, w.stride}, tile);
       } else {
         DotRows<X, T> from;
         for (int m = 0; m < T; ++m) from.p[m] = x.rows.row(token(m)) + k;
-        dot(n, from, w.row(r) + k, w.stride, tile);
+        dot(n, from, WeightRows<W>{w.row(r) + k, w.stride}, tile);
       }
     }
     if (k + sweep < w.cols)
@@ -411,78 +411,73 @@ struct GroupedSpread {
       each([](Y * out, Packet v) __attribute__((always_inline)) { store(out, v); });
   }
 
-  /// Where a panel of weights lies.
-  template <class Weight>
-  struct Weights {
-    const Weight *first, *second;
-    Index first_step, second_step;
-  };
-
-  /// The tokens of one list, where no token is in two: sums leave the registers for y. `weights_of(c, f)`: f(weights) of
-  /// the panel that begins at column c.
+  /// The tokens of one list, where no token is in two: sums leave the registers for y. `over_weights(f)`: f(first column,
+  /// columns, weights) for those that lie in the same way.
   template <class F>
-  void run_list(Index chunk, Index g, Index c0, Index columns, const std::uint8_t* keep, const F& weights_of) const {
+  void run_list(Index chunk, Index g, Index c0, const std::uint8_t* keep, Index keep_pitch,
+                const F& over_weights) const {
     const Selection::List list = selection->list(chunk, g);
     const bool none = g == selection->groups();
     if (none && all.into == Into::add && all.second.w.rows == 0) return;
-    Selection::Run runs[2] = {};
+    ListRanks ranks{};
     Index n = 0;
-    if (!none && list.count > 0) selection->each_run(g, [&](const Selection::Run& run) { runs[n++] = run; });
+    if (!none && list.count > 0)
+      selection->each_run(g, [&](const Selection::Run& run) { (n++ == 0 ? ranks.first : ranks.second) = run; });
     in_steps<rows>(list.count, [&](auto m, Index i) {
       const Selection::Entry* const entries = list.entries + i;
-      const bool consecutive = m == rows && list.consecutive(i, m);
-      for (Index j = 0; j < columns; j += panel) {
-        const Panels to{chunk * selection->chunk(), c0 + j, smaller(panel, columns - j), runs[0], runs[1], keep + j / 8,
-                        keep_bytes(columns)};
-        weights_of(c0 + j, [&](const auto& weights) {
-          if constexpr (m == rows) {
-            if (consecutive) return direct_tile<m, packets, true>(to, entries, weights);
-          }
-          direct_tile<m, packets, false>(to, entries, weights);
-        });
-      }
+      over_weights([&](Index j, Index columns, const auto& weights) {
+        const Index t = chunk * selection->chunk();
+        if constexpr (m == rows) {
+          if (list.consecutive(i, m))
+            return list_tiles<m, true>(ranks, entries, t, c0 + j, columns, keep + j / 8, keep_pitch, weights);
+        }
+        list_tiles<m, false>(ranks, entries, t, c0 + j, columns, keep + j / 8, keep_pitch, weights);
+      });
     });
   }
-  /// A panel of y, and the ranks that go into it.
-  struct Panels {
-    Index first_token, c, wide;
+  /// The ranks that a list's tokens reach.
+  struct ListRanks {
     Selection::Run first, second;
-    const std::uint8_t* keep;
-    Index keep_pitch;
   };
-  template <int T, int N, bool Consecutive, class Weight>
-  [[gnu::flatten, gnu::noinline]] void direct_tile(const Panels& to, const Selection::Entry* entries,
-                                                   const Weights<Weight>& weights) const {
-    const auto token = [&](int m) __attribute__((always_inline)) { return to.first_token + entries[m].token; };
-    const auto add_product = [&](Tile<T, N> & sum, const auto& factor, Index r, Index ranks, const Weight* w,
+  /// T tokens of a list × columns from c on, panel by panel.
+  template <int T, bool Consecutive, class Weight, bool Scaled>
+  [[gnu::flatten, gnu::noinline]] void list_tiles(const ListRanks& ranks, const Selection::Entry* entries,
+                                                  Index first_token, Index c, Index columns, const std::uint8_t* keep,
+                                                  Index keep_pitch, const PanelsOfWeights<Weight, Scaled>& from) const {
+    constexpr int N = packets;
+    PanelsOfWeights<Weight, Scaled> weights = from;
+    const auto token = [&](int m) __attribute__((always_inline)) { return first_token + entries[m].token; };
+    const auto add_product = [&](Tile<T, N> & sum, const auto& factor, const Selection::Run& run, const Weight* w,
                                  Index step) __attribute__((always_inline)) {
       if constexpr (Consecutive) {
-        outer(ranks, Rows3<T>(factor.left.row(token(0)) + r, factor.left.stride), Panel<Weight>{w, step}, sum);
+        outer(run.count, Rows3<T>(factor.left.row(token(0)) + run.begin, factor.left.stride),
+              Panel<Weight>{w + run.begin * step, step}, sum);
       } else {
-        outer(ranks, RowList<T>([&](int m) __attribute__((always_inline)) { return factor.left.row(token(m)) + r; }),
-              Panel<Weight>{w, step}, sum);
+        outer(run.count,
+              RowList<T>([&](int m) __attribute__((always_inline)) { return factor.left.row(token(m)) + run.begin; }),
+              Panel<Weight>{w + run.begin * step, step}, sum);
       }
     };
-    Tile<T, N> sum;
-    sum.clear();
-    if (all.waits_for_y(to.first.count + to.second.count + all.second.w.rows))
-      unroll<T>([&](auto m) __attribute__((always_inline)) { all.template ask_for_y<N>(token(m), to.c); });
-    const auto add_run = [&](Tile<T, N> & sum_of, const Selection::Run& run) __attribute__((always_inline)) {
-      add_product(sum_of, all.first, run.begin, run.count, weights.first + run.begin * weights.first_step,
-                  weights.first_step);
-    };
-    add_run(sum, to.first);
-    if (to.second.count != 0) add_run(sum, to.second);
-    const Packet factor = splat(factor_of(all.dropout, all.scale));
-    if (all.dropout.on()) {
-      sum.set([&](int i, int j, Packet v) __attribute__((always_inline)) {
-        return keep_lanes(mul(factor, v), to.keep + entries[i].token * to.keep_pitch, j * width);
-      });
-    } else {
-      sum.set([&](int, int, Packet v) __attribute__((always_inline)) { return mul(factor, v); });
+    const bool ask = all.waits_for_y(ranks.first.count + ranks.second.count + all.second.w.rows);
+    for (; columns > 0; columns -= panel, c += panel, keep += panel / 8, weights = weights.at(1)) {
+      Tile<T, N> sum;
+      sum.clear();
+      if (ask) unroll<T>([&](auto m) __attribute__((always_inline)) { all.template ask_for_y<N>(token(m), c); });
+      add_product(sum, all.first, ranks.first, weights.first, weights.first_step);
+      if (ranks.second.count != 0) add_product(sum, all.first, ranks.second, weights.first, weights.first_step);
+      if constexpr (!Scaled) {
+        const Packet factor = splat(factor_of(all.dropout, all.scale));
+        sum.set([&](int, int, Packet v) __attribute__((always_inline)) { return mul(factor, v); });
+      }
+      if (all.dropout.on()) {
+        sum.set([&](int i, int j, Packet v) __attribute__((always_inline)) {
+          return keep_lanes(v, keep + entries[i].token * keep_pitch, j * width);
+        });
+      }
+      if (all.second.w.rows != 0)
+        add_product(sum, all.second, {0, 0, all.second.w.rows}, weights.second, weights.second_step);
+      put(sum, c, smaller(panel, columns), token);
     }
-    if (all.second.w.rows != 0) add_product(sum, all.second, 0, all.second.w.rows, weights.second, weights.second_step);
-    put(sum, to.c, to.wide, token);
   }
 
   /// Columns [c, c + columns) for the tokens of one chunk.
@@ -513,8 +508,8 @@ struct GroupedSpread {
       }
       for (Index j = 0; j < band.columns; j += panel) {
         weights_of(band.c + j, [&](const auto& w) {
-          in_steps<rows>(list.count, [&](auto m, Index i) {
-            tile<m, packets>(band, j, list.entries + i, r, ranks, w.first + r * w.first_step, w.first_step, next);
+          in_runs<rows>(list.count, [&](auto m, Index i, Index count) {
+            tiles<m>(count, band, j, list.entries + i, r, ranks, w.first + r * w.first_step, w.first_step, next);
           });
         });
       }
@@ -529,24 +524,29 @@ struct GroupedSpread {
     }
   }
 
-  template <int T, int N, class Weight>
-  [[gnu::flatten, gnu::noinline]] void tile(const Band& band, Index column, const Selection::Entry* entries, Index r,
-                                            Index ranks, const Weight* w, Index step, RowWalk& next) const {
-    const RowList<T> lefts([&](int m) __attribute__((always_inline)) {
-      return all.first.left.row(band.token(entries[m])) + r;
-    });
-    float* sums[T];
-    unroll<T>([&](auto m)
-                  __attribute__((always_inline)) { sums[m] = band.partial + entries[m].token * band.pitch + column; });
-    Tile<T, N> sum;
-    sum.clear();
+  /// `count` tiles of T tokens each: their sums of the panel at a column of the band.
+  template <int T, class Weight>
+  [[gnu::flatten, gnu::noinline]] void tiles(Index count, const Band& band, Index column,
+                                             const Selection::Entry* entries, Index r, Index ranks, const Weight* w,
+                                             Index step, RowWalk& next) const {
     RowWalk walk = next;
-    outer(
-        ranks, lefts, Panel<Weight>{w, step},
-        sum, [&](Index k) __attribute__((always_inline)) { walk.template step<2>(k); });
+    for (; count > 0; --count, entries += T) {
+      const RowList<T> lefts([&](int m) __attribute__((always_inline)) {
+        return all.first.left.row(band.token(entries[m])) + r;
+      });
+      float* sums[T];
+      unroll<T>([&](auto m) __attribute__((always_inline)) {
+        sums[m] = band.partial + entries[m].token * band.pitch + column;
+      });
+      Tile<T, packets> sum;
+      sum.clear();
+      outer(
+          ranks, lefts, Panel<Weight>{w, step},
+          sum, [&](Index k) __attribute__((always_inline)) { walk.template step<2>(k); });
+      sum.each([&](int m, int j, Packet v)
+                   __attribute__((always_inline)) { store(sums[m] + j * width, add(load(sums[m] + j * width), v)); });
+    }
     next = walk;
-    sum.each([&](int m, int j, Packet v)
-                 __attribute__((always_inline)) { store(sums[m] + j * width, add(load(sums[m] + j * width), v)); });
   }
   /// The second product, behind the first one's scale and dropout.
   template <int T, int N, class Weight>
@@ -598,8 +598,13 @@ void GroupedSpread<Y, W, M>::run(const Tuning& tuning, Index chunk, Index n, Ind
   float* const partial = weights + blocks_of(columns - copied, panel) * step;
   std::uint8_t* const keep =
       reinterpret_cast<std::uint8_t*>(partial + (selection->most() == 1 ? 0 : selection->chunk() * band));
+  const bool one_list = selection->most() == 1;
+  const float scale = one_list ? factor_of(all.dropout, all.scale) : 1;  // of what is copied
   const auto copy_ranks = [&](Index r, Index ranks) {
-    copy_panels(all.first.w.row_range(r, ranks), c0 + copied, columns - copied, weights + panel * r, step);
+    copy_panels(all.first.w.row_range(r, ranks), c0 + copied, columns - copied, weights + panel * r, step, scale);
+  };
+  const auto copies = [&](auto scaled) {
+    return PanelsOfWeights<float, scaled>{weights, weights + panel * all.first.w.rows, panel, panel, step};
   };
   if (!selection->of_many()) copy_ranks(0, all.first.w.rows);
   copy_panels(all.second.w, c0 + copied, columns - copied, weights + panel * all.first.w.rows, step);
@@ -612,23 +617,24 @@ void GroupedSpread<Y, W, M>::run(const Tuning& tuning, Index chunk, Index n, Ind
         keep_bits(all.dropout, c * selection->chunk() + i, c0, columns, keep + i * keep_bytes(columns));
       }
     }
-    const auto weights_of = [&](Index column, const auto& f) {
-      const Index j = column - c0;
-      if (j < copied) {
+    if (one_list) {
+      const auto over_weights = [&](const auto& f) {
+        if (copied < columns) f(copied, columns - copied, copies(std::true_type{}));
         if constexpr (M == Major::row) {
-          f(Weights<W>{all.first.w.row(0) + c0 + j, all.second.w.rows == 0 ? nullptr : all.second.w.row(0) + c0 + j,
-                       all.first.w.stride, all.second.w.stride});
+          if (copied != 0) f(Index{0}, copied, all.lying(c0));
         }
-      } else {
-        const float* const block = weights + (j - copied) / panel * step;
-        f(Weights<float>{block, block + panel * all.first.w.rows, panel, panel});
-      }
-    };
-    if (selection->most() == 1) {
-      selection->each_group_in(c, [&](Index g, Index) { run_list(c, g, c0, columns, keep, weights_of); });
-      run_list(c, selection->groups(), c0, columns, keep, weights_of);
+      };
+      const auto run = [&](Index g) { run_list(c, g, c0, keep, keep_bytes(columns), over_weights); };
+      selection->each_group_in(c, [&](Index g, Index) { run(g); });
+      run(selection->groups());
       continue;
     }
+    // f(weights) of the panel that begins at a column of y.
+    const auto weights_of = [&](Index column, const auto& f) {
+      const Index j = column - c0;
+      if (j >= copied) return f(copies(std::false_type{}).at((j - copied) / panel));
+      if constexpr (M == Major::row) f(all.lying(c0).at(j / panel));
+    };
     RowWalk next{};
     if (c + 1 < chunk + n)
       next = {all.y.row((c + 1) * selection->chunk()) + c0, all.y.stride, selection->tokens(c + 1), columns};
@@ -694,6 +700,7 @@ struct GroupedTokenSum {
     [[gnu::always_inline]] Packet packet(Index k, Index n) const {
       return load(first + entries[k].token * panel + n * width);
     }
+    [[gnu::always_inline]] void move(Index) {}  // down the ranks of one panel
   };
 
   /// Whether every list of the chunk is tokens in a row, and few ranks meet them: what is read once need not be copied.
@@ -726,15 +733,11 @@ struct GroupedTokenSum {
   /// Sums of group g in the panel at column j (+)= those of n tokens, their rows in `from`. `lefts`: what was gathered of a
   /// list of `count`, from the first of the n on.
   template <class B>
-  void add_tokens(const Job& job, Index g, Index j, Index n, const float* lefts, Index count, const B& from,
-                  ComingPanel coming = {}) const {
-    in_steps<rows>(selection->rank_count(g), [&](auto m, Index r) {
-      SumPanel::tile<m, SumPanel::packets>(false, n, lefts + r / rows * rows * count + r % rows, from,
-                                           job.sums + j * job.ranks + (selection->rank_begin(g) - job.r0 + r) * panel,
-                                           coming);
-      coming = {};  // once is enough
-    });
+  void add_tokens(const Job& job, Index g, Index j, Index n, const float* lefts, Index count, const B& from) const {
+    SumPanel::add_ranks(selection->rank_count(g), false, n, lefts, count, from,
+                        sums_of(job, j, selection->rank_begin(g)), {});
   }
+  static float* sums_of(const Job& job, Index j, Index r) { return job.sums + j * job.ranks + (r - job.r0) * panel; }
   void add_chunk(const Job& job, Index c) const;
   void add_lists(const Job& job, Index c) const;
 };
@@ -771,11 +774,10 @@ void GroupedTokenSum<X, G, M>::add_chunk(const Job& job, Index c) const {
       const Cut cut(copied == 0 ? 0 : list.count, 1, most_in_place, 1);
       for (Index part = 0; part < cut.jobs; ++part) {
         const Index i = cut.begin(part), t = t0 + list.entries[i].token;
-        for (Index j = 0; j < copied; j += panel) {
-          const Panel<float> from{x.rows.row(t) + job.c0 + j, x.rows.stride};
-          add_tokens(job, g, j, cut.count(part), of_list + i * rows, list.count, from,
-                     {from.p + 2 * panel, from.step, panel});
-        }
+        const Panel<float> from{x.rows.row(t) + job.c0, x.rows.stride};
+        SumPanel::add_panels(copied / panel, s.rank_count(g), false, cut.count(part), of_list + i * rows, list.count,
+                             from, sums_of(job, 0, s.rank_begin(g)), job.ranks * panel,
+                             {from.p + 2 * panel, from.step, panel});
       }
     });
   }

@@ -5,7 +5,7 @@
 ///
 /// Computes:    M × N packets (outer) or M × N sums (dot), held in registers; which M and N, `RegisterTile` says.
 /// Parameters:  a: rows of numbers, consecutive in k (Rows3, RowList) or in m (Columns); panel: K rows of N packets (Panel,
-///              PacketPanel); x: M rows [K] (DotRows), w [N, K].
+///              PacketPanel); x: M rows [K] (DotRows), w: N rows (WeightRows, WovenRows).
 /// Errors:      none.
 /// Cost:        M·N multiply-adds and M + N loads per k (outer) or per `width` k (dot).
 /// Determinism: an element's sum does not depend on M, N or on its place in the tile.
@@ -100,6 +100,7 @@ struct Panel {
   const W* p;
   Index step;
   [[gnu::always_inline]] Packet packet(Index k, Index n) const { return load(p + k * step + n * width); }
+  [[gnu::always_inline]] void move(Index columns) { p += columns; }
 };
 /// The same of packets that lie `between` apart, each with its own rows together.
 struct PacketPanel {
@@ -137,16 +138,38 @@ struct DotRows {
   }
 };
 
+/// Packet k / width of row n of w as it lies, for `dot`.
+template <class W>
+struct WeightRows {
+  const W* p;
+  Index stride;
+  template <class Lanes>
+  [[gnu::always_inline]] Packet packet(Index n, Index k, const Lanes& lanes) const {
+    return lanes.load(p + n * stride + k);
+  }
+  WeightRows from(Index n) const { return {p + n * stride, stride}; }
+};
+/// The same of `rows` rows, packet beside packet: one stream in memory. Zeros behind the last column.
+struct WovenRows {
+  const float* p;
+  Index rows;
+  template <class Lanes>
+  [[gnu::always_inline]] Packet packet(Index n, Index k, const Lanes&) const {
+    return load(p + k * rows + n * width);
+  }
+  WovenRows from(Index n) const { return {p + n * width, rows}; }
+};
+
 /// tile[m][r] += x[m][k…] ∘ w[r, k…], lane by lane; what is behind the last whole packet is padded with zeros.
 /// `hint(k)` comes before each step: prefetches.
-template <int M, int N, class Rows, class W, class Hint = NoHint>
-[[gnu::always_inline]] inline void dot(Index depth, const Rows& x, const W* w, Index w_stride, Tile<M, N>& tile,
+template <int M, int N, class Rows, class Weights, class Hint = NoHint>
+[[gnu::always_inline]] inline void dot(Index depth, const Rows& x, const Weights& w, Tile<M, N>& tile,
                                        Hint&& hint = {}) {
   const auto step = [&](Index k, const auto& lanes) __attribute__((always_inline)) {
     Packet a[M];
     unroll<M>([&](auto m) __attribute__((always_inline)) { a[m] = x.packet(m, k, lanes); });
     unroll<N>([&](auto n) __attribute__((always_inline)) {
-      Packet b = lanes.load(w + n * w_stride + k);
+      Packet b = w.packet(n, k, lanes);
       if constexpr (M > 1) loramix::detail::keep_in_register(b);
       unroll<M>([&](auto m) __attribute__((always_inline)) { tile.c[m][n] = fma(a[m], b, tile.c[m][n]); });
     });
@@ -197,6 +220,17 @@ template <int Most, class F>
   for (; i + Most <= n; i += Most) f(std::integral_constant<int, Most>{}, i);
   if constexpr (Most > 1) {
     if (i < n) in_steps<fewer_rows(Most)>(n, f, i);
+  }
+}
+
+/// The same with all whole steps at once, so that one call serves them: f<M>(i, count of steps from i on).
+template <int Most, class F>
+[[gnu::always_inline]] inline void in_runs(Index n, F&& f) {
+  const Index whole = n / Most;
+  if (whole > 0) f(std::integral_constant<int, Most>{}, Index{0}, whole);
+  if constexpr (Most > 1) {
+    in_steps<fewer_rows(Most)>(
+        n, [&](auto m, Index i) { f(m, i, Index{1}); }, whole * Most);
   }
 }
 

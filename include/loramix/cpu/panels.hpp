@@ -9,6 +9,8 @@
 /// Determinism: a copy.
 /// Example:     cpu/contract.hpp
 #pragma once
+#include <bit>
+
 #include <loramix/cpu/backend.hpp>
 #include <loramix/cpu/kernels.hpp>
 
@@ -69,6 +71,11 @@ struct Stacked {
   Index begin_of_second() const { return round_up(first.rows, width); }
   Index ranks() const { return second.rows == 0 ? first.rows : begin_of_second() + second.rows; }
   Index columns() const { return first.cols; }
+  /// The last n ranks, of the second where there are any.
+  MatrixView<const W, Space::host, M> last(Index n) const {
+    const auto& of = second.rows == 0 ? first : second;
+    return of.row_range(of.rows - n, n);
+  }
 };
 
 /// The panels of ranks [r, r + ranks) × columns [k, k + n), one behind the other.
@@ -84,27 +91,48 @@ void pack(const Stacked<W, M>& w, Index r, Index ranks, Index k, Index n, float*
   });
 }
 
+/// Rows that `dot` takes for n: one wide tile with zeros rather than narrow ones, each of which reads x.
+constexpr Index woven_rows(Index n) {
+  return n == 0 ? 0 : Index{1} << std::bit_width(static_cast<std::uint64_t>(n - 1));
+}
+/// WovenRows of w, columns [k, k + n); zeros behind the last row and column.
+template <class W>
+void weave(MatrixView<const W> w, Index k, Index n, float* to, Index rows) {
+  for (Index j = 0; j < rows; ++j, to += width) {
+    const W* const from = j < w.rows ? w.row(j) + k : nullptr;
+    over_packets(
+        n, [&](Index i, auto lanes) __attribute__((always_inline)) {
+          store(to + i * rows, from == nullptr ? splat(0) : lanes.load(from + i));
+        });
+  }
+}
+
 /// Columns of a panel of weights in rank-major order.
 inline constexpr Index column_panel = RegisterTile::wide * width;
 
-/// to[c / column_panel · step + r · column_panel + c mod column_panel] = w(r, c0 + c); zeros in what is left of the last panel.
+/// to[c / column_panel · step + r · column_panel + c mod column_panel] = scale · w(r, c0 + c); zeros in what is left of the
+/// last panel.
 template <class W>
-void copy_panels(MatrixView<const W> w, Index c0, Index columns, float* to, Index step) {
+void copy_panels(MatrixView<const W> w, Index c0, Index columns, float* to, Index step, float scale = 1) {
+  const Packet factor = splat(scale);
   for (Index r = 0; columns > 0 && r < w.rows; ++r, to += column_panel) {
     const W* const from = w.row(r) + c0;
     Index c = 0;
     for (; c + column_panel <= columns; c += column_panel) {
       float* const line = to + c / column_panel * step;
       unroll<RegisterTile::wide>([&](auto j) __attribute__((always_inline)) {
-        store(line + j * width, load(from + c + j * width));
+        store(line + j * width, mul(factor, load(from + c + j * width)));
       });
     }
     float* const line = to + c / column_panel * step;
-    for (Index j = 0; c < columns && j < column_panel; ++j) line[j] = c + j < columns ? widen<float>(from[c + j]) : 0.f;
+    for (Index j = 0; c < columns && j < column_panel; ++j)
+      line[j] = c + j < columns ? scale * widen<float>(from[c + j]) : 0.f;
   }
 }
 template <class W>
-void copy_panels(MatrixView<const W, Space::host, Major::column> w, Index c0, Index columns, float* to, Index step) {
+void copy_panels(MatrixView<const W, Space::host, Major::column> w, Index c0, Index columns, float* to, Index step,
+                 float scale = 1) {
+  const Packet factor = splat(scale);
   for (Index c = 0; c < round_up(columns, column_panel); c += width) {
     float* const line = to + c / column_panel * step + c % column_panel;
     Index r = 0;
@@ -112,11 +140,13 @@ void copy_panels(MatrixView<const W, Space::host, Major::column> w, Index c0, In
       Packet block[width];
       unroll<width>([&](auto j) __attribute__((always_inline)) { block[j] = load(&w(r, c0 + c + j)); });
       transpose(block);
-      unroll<width>([&](auto i) __attribute__((always_inline)) { store(line + (r + i) * column_panel, block[i]); });
+      unroll<width>([&](auto i) __attribute__((always_inline)) {
+        store(line + (r + i) * column_panel, mul(factor, block[i]));
+      });
     }
     for (; r < w.rows; ++r) {  // the last ranks, the last columns
       for (Index j = 0; j < width; ++j)
-        line[r * column_panel + j] = c + j < columns ? widen<float>(w(r, c0 + c + j)) : 0.f;
+        line[r * column_panel + j] = c + j < columns ? scale * widen<float>(w(r, c0 + c + j)) : 0.f;
     }
   }
 }

@@ -106,7 +106,7 @@ struct DotsOfRows {
     for (int m = 0; m < M; ++m) from.p[m] = left.row(j + m);
     Tile<M, N> sums;
     sums.clear();
-    dot(left.cols, from, right.row(k), right.stride, sums);
+    dot(left.cols, from, WeightRows<R>{right.row(k), right.stride}, sums);
     sums.each([&](int m, int n, Packet v)
                   __attribute__((always_inline)) { loramix::detail::put(out(j + m, k + n), sum(v), into); });
   }

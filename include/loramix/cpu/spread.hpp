@@ -24,6 +24,18 @@ struct RankFactor {
   MatrixView<const W, Space::host, M> w;  // [R, d]
 };
 
+/// Where panels of weights lie, from one column on. `Scaled`: the scale of y is in those of the first product.
+template <class Weight, bool Scaled>
+struct PanelsOfWeights {
+  const Weight *first, *second;
+  Index first_step, second_step;  // from rank to rank
+  Index next;                     // from panel to panel
+  [[gnu::always_inline]] PanelsOfWeights at(Index panels) const {
+    const auto moved = [by = panels * next](const Weight* p) { return p == nullptr ? nullptr : p + by; };
+    return {moved(first), moved(second), first_step, second_step, next};
+  }
+};
+
 template <class Y, class W, Major M>
 struct Spread {
   RankFactor<W, M> first;
@@ -39,6 +51,12 @@ struct Spread {
   static constexpr Index panel = column_panel;
 
   Index ranks() const { return first.w.rows + second.w.rows; }
+
+  /// Weights as they lie, from column c on.
+  PanelsOfWeights<W, false> lying(Index c) const requires(M == Major::row) {
+    const auto from = [c](const auto& w) { return w.rows == 0 ? nullptr : w.row(0) + c; };
+    return {from(first.w), from(second.w), first.w.stride, second.w.stride, panel};
+  }
 
   static Index scratch(Index ranks, Index sweep) {
     return larger(stream_values, elements(ranks, sweep) + mask_values(sweep));
@@ -77,34 +95,50 @@ struct Spread {
   static constexpr int stream_ranks = RegisterTile::many ? 8 : 4;
 
   static Index mask_values(Index sweep) { return rows * keep_bytes(sweep) / 4 + width; }
-  static const W* at(MatrixView<const W, Space::host, M> w, Index c) { return w.rows == 0 ? nullptr : &w(0, c); }
+  /// Columns whose weights are read for all tokens before the next ones': an eighth of L1 waits for them and one is asked for.
+  static Index natural_block(Index ranks) { return larger(1, 2048 / larger(1, ranks) / panel) * panel; }
 
-  /// `Ask`: for the weights of the next panel.
-  template <int T, int N, bool Ask = false, class Weight>
-  [[gnu::flatten, gnu::noinline]] void tile(Index t, Index c, Index n, const Weight* w1, Index step1, const Weight* w2,
-                                            Index step2, MatrixView<const std::uint8_t> keep) const {
-    Tile<T, N> sum;
-    sum.clear();
-    if (waits_for_y(ranks())) unroll<T>([&](auto i) __attribute__((always_inline)) { ask_for_y<N>(t + i, c); });
-    const auto ask = [&](Index r) __attribute__((always_inline)) {
-      if constexpr (Ask)
-        unroll<N>([&](auto j) __attribute__((always_inline)) { prefetch(w1 + r * step1 + panel + j * width); });
-    };
-    outer(first.w.rows, Rows3<T>(first.left.row(t), first.left.stride), Panel<Weight>{w1, step1}, sum, ask);
-    const Packet factor = splat(factor_of(dropout, scale));
-    if (dropout.on()) {
-      sum.set([&](int i, int j, Packet v)
-                  __attribute__((always_inline)) { return keep_lanes(mul(factor, v), keep.row(i), j * width); });
-    } else {
-      sum.set([&](int, int, Packet v) __attribute__((always_inline)) { return mul(factor, v); });
+  /// T tokens from t on × columns from c on, panel by panel in one loop: a call for each panel costs as much as a tile of few
+  /// ranks. `keep`: dropout's bits from column c on, a row of them for each token. `Ask`: for weights `ahead` columns further.
+  template <int T, bool Ask, class Weight, bool Scaled>
+  [[gnu::flatten, gnu::noinline]] void tiles(Index t, Index c, Index columns,
+                                             const PanelsOfWeights<Weight, Scaled>& from, const std::uint8_t* keep,
+                                             Index keep_pitch, Index ahead) const {
+    constexpr int N = packets;
+    const bool waits = waits_for_y(ranks());
+    PanelsOfWeights<Weight, Scaled> weights = from;
+    for (; columns > 0; columns -= panel, c += panel, keep += panel / 8, weights = weights.at(1)) {
+      Tile<T, N> sum;
+      sum.clear();
+      if (waits) unroll<T>([&](auto i) __attribute__((always_inline)) { ask_for_y<N>(t + i, c); });
+      const auto ask = [&](Index r) __attribute__((always_inline)) {
+        if constexpr (Ask)
+          unroll<N>([&](auto j) __attribute__((always_inline)) {
+            prefetch(weights.first + r * weights.first_step + ahead + j * width);
+          });
+      };
+      outer(first.w.rows, Rows3<T>(first.left.row(t), first.left.stride),
+            Panel<Weight>{weights.first, weights.first_step}, sum, ask);
+      if constexpr (!Scaled) {
+        const Packet factor = splat(factor_of(dropout, scale));
+        sum.set([&](int, int, Packet v) __attribute__((always_inline)) { return mul(factor, v); });
+      }
+      if (dropout.on()) {
+        sum.set([&](int i, int j, Packet v)
+                    __attribute__((always_inline)) { return keep_lanes(v, keep + i * keep_pitch, j * width); });
+      }
+      if (second.w.rows != 0) {
+        outer(second.w.rows, Rows3<T>(second.left.row(t), second.left.stride),
+              Panel<Weight>{weights.second, weights.second_step}, sum);
+      }
+      if (columns >= panel) {
+        whole(t, c, sum);
+      } else {
+        float block[T * N * width];
+        sum.store_to(block, N * width);
+        for (int i = 0; i < T; ++i) part(t + i, c, columns, block + i * N * width);
+      }
     }
-    if (second.w.rows != 0) {
-      outer(second.w.rows, Rows3<T>(second.left.row(t), second.left.stride), Panel<Weight>{w2, step2}, sum);
-    }
-    if (n == N * width) return whole(t, c, sum);
-    float block[T * N * width];
-    sum.store_to(block, N * width);
-    for (int i = 0; i < T; ++i) part(t + i, c, n, block + i * N * width);
   }
   /// T tokens from t on × n columns from c on: adds ranks [r, r + N) to the sums, and the sums of all to y.
   template <int T, int N>
@@ -156,47 +190,42 @@ struct Spread {
 
 template <class Y, class W, Major M>
 void Spread<Y, W, M>::run_packed(Index t0, Index n, Index c0, Index columns, float* scratch) const {
-  const Index step = panel * ranks();
-  copy_panels(first.w, c0, columns, scratch, step);
+  const Index step = panel * ranks(), pitch = keep_bytes(columns);
+  copy_panels(first.w, c0, columns, scratch, step, factor_of(dropout, scale));
   copy_panels(second.w, c0, columns, scratch + panel * first.w.rows, step);
+  const PanelsOfWeights<float, true> weights{scratch, scratch + panel * first.w.rows, panel, panel, step};
   std::uint8_t* const keep = reinterpret_cast<std::uint8_t*>(scratch + blocks_of(columns, panel) * step);
   in_steps<rows>(n, [&](auto m, Index i) {
     const Index t = t0 + i;
-    if (dropout.on()) {
-      for (Index j = 0; j < m; ++j) keep_bits(dropout, t + j, c0, columns, keep + j * keep_bytes(columns));
-    }
-    for (Index c = 0; c < columns; c += panel) {
-      const float* const block = scratch + c / panel * step;
-      tile<m, packets>(t, c0 + c, smaller(panel, columns - c), block, panel, block + panel * first.w.rows, panel,
-                       {keep + c / 8, rows, panel / 8, keep_bytes(columns)});
-    }
+    for (Index j = 0; dropout.on() && j < m; ++j) keep_bits(dropout, t + j, c0, columns, keep + j * pitch);
+    tiles<m, false>(t, c0, columns, weights, keep, pitch, 0);
   });
 }
 
 template <class Y, class W, Major M>
 void Spread<Y, W, M>::run_natural(Index c0, Index columns, float* scratch) const requires(M == Major::row) {
-  std::uint8_t* const keep = reinterpret_cast<std::uint8_t*>(scratch);
-  const Index tokens = y.rows;
-  for (Index c = 0; c < columns; c += panel) {
-    const Index n = smaller(panel, columns - c);
-    if (n < panel) {  // a block of its own, so that no load runs past a row
-      run_packed(0, tokens, c0 + c, n, scratch);
-      break;
-    }
-    in_steps<rows>(tokens, [&](auto m, Index t) {
-      if (dropout.on()) {
-        for (Index j = 0; j < m; ++j) keep_bits(dropout, t + j, c0 + c, n, keep + j * keep_bytes(panel));
-      }
-      const auto run = [&](auto ask) {
-        tile<m, packets, ask>(t, c0 + c, n, at(first.w, c0 + c), first.w.stride, at(second.w, c0 + c), second.w.stride,
-                              {keep, rows, panel / 8, keep_bytes(panel)});
-      };
-      if (t == 0 && c + panel < columns)
-        run(std::true_type{});
+  const Index step = panel * ranks(), block = natural_block(ranks()), whole = columns / panel * panel;
+  std::uint8_t* const keep = reinterpret_cast<std::uint8_t*>(scratch + step);
+  const auto down_tokens = [&](Index c, Index n, bool more, const auto& weights) {
+    const Index pitch = keep_bytes(n);
+    in_steps<rows>(y.rows, [&](auto m, Index t) {
+      for (Index j = 0; dropout.on() && j < m; ++j) keep_bits(dropout, t + j, c, n, keep + j * pitch);
+      if (t == 0 && more)
+        tiles<m, true>(t, c, n, weights, keep, pitch, block);
       else
-        run(std::false_type{});
+        tiles<m, false>(t, c, n, weights, keep, pitch, block);
     });
+  };
+  for (Index c = 0; c < whole; c += block) {
+    const bool more = c + block < whole;
+    down_tokens(c0 + c, more ? block : whole - c, more, lying(c0 + c));
   }
+  if (whole == columns) return;
+  // A copy of its own for the last panel, so that no load runs past a row.
+  const Index c = c0 + whole, n = columns - whole;
+  copy_panels(first.w, c, n, scratch, step);
+  copy_panels(second.w, c, n, scratch + panel * first.w.rows, step);
+  down_tokens(c, n, false, PanelsOfWeights<float, false>{scratch, scratch + panel * first.w.rows, panel, panel, step});
 }
 
 template <class Y, class W, Major M>

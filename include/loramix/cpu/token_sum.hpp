@@ -30,7 +30,11 @@ struct ComingPanel {
         bytes(columns * Index{sizeof(X)}) {}
 
   [[gnu::always_inline]] void ask(Index k) const {
-    for (Index i = 0; i < bytes; i += 64) prefetch(lines + k * stride + i);
+    if (lines == nullptr) return;
+    const char* const line = lines + k * stride;
+    prefetch(line);
+    prefetch(line + 64);
+    prefetch(line + (bytes > 128 ? 128 : 64));
   }
 };
 
@@ -40,6 +44,10 @@ struct GradientTile {
   Index stride = 0;
   float scale = 1;
   Into into = Into::add;
+
+  GradientTile below(Index ranks) const {
+    return {out == nullptr ? nullptr : out + ranks * stride, stride, scale, into};
+  }
 };
 
 /// Where sums over tokens are added up, and what they are made of: panels of columns.
@@ -76,29 +84,42 @@ struct SumPanel {
     }
   }
 
-  /// sums [R, N packets] (+)= Σ_k left[k, i] · x(k), `left` and `sums` as they lie in blocks.
-  template <int R, int N, class B>
-  [[gnu::flatten, gnu::noinline]] static void tile(bool first, Index n, const float* left, const B x, float* sums,
-                                                   const ComingPanel coming = {}, const GradientTile& leave = {}) {
-    Tile<R, N> sum;
-    // The gradient is not in L2 where it is larger: its lines come while sums are added up.
-    if (leave.out != nullptr)
-      unroll<R>([&](auto i) __attribute__((always_inline)) {
-        unroll<N>([&](auto j) __attribute__((always_inline)) { prefetch(leave.out + i * leave.stride + j * width); });
-      });
-    if (first)
-      sum.clear();
-    else
-      sum.load_from(sums, columns);
-    outer(
-        n, Columns{left, rows}, x, sum, [&](Index k) __attribute__((always_inline)) { coming.ask(k); });
-    if (leave.out == nullptr) return sum.store_to(sums, columns);
-    const Packet factor = splat(leave.scale);
-    float* const to = leave.out;
-    const Index stride = leave.stride;
-    const Into into = leave.into;
-    sum.each([&](int i, int j, Packet v)
-                 __attribute__((always_inline)) { put(v, factor, into, to + i * stride + j * width, WholePacket{}); });
+  /// How much further a tile's operands are than those of the tile before.
+  struct Step {
+    Index x = 0, left = 0, sums = 0;  // x = 0: the same panel, other ranks; else the next panel, the same ranks
+  };
+  /// `count` tiles one after the other: sums [R, panel] (+)= Σ_k left[k, i] · x(k), `left` and `sums` as they lie in blocks.
+  template <int R, class B>
+  [[gnu::flatten, gnu::noinline]] static void tiles(Index count, bool first, Index n, const float* left, B x,
+                                                    float* sums, const Step step, ComingPanel coming,
+                                                    GradientTile leave) {
+    for (; count > 0; --count, x.move(step.x), left += step.left, sums += step.sums) {
+      tile<R>(first, n, left, x, sums, coming, leave);
+      if (leave.out != nullptr) leave.out += step.x == 0 ? R * leave.stride : columns;
+      if (step.x == 0)
+        coming = {};  // once is enough
+      else if (coming.lines != nullptr)
+        coming.lines += coming.bytes;
+    }
+  }
+  /// All ranks of one panel of x. `lefts`: [ranks / rows][n or more: of_lefts][rows].
+  template <class B>
+  static void add_ranks(Index ranks, bool first, Index n, const float* lefts, Index of_lefts, const B& x, float* sums,
+                        ComingPanel coming, const GradientTile& leave = {}) {
+    in_runs<rows>(ranks, [&](auto m, Index r, Index count) {
+      tiles<m>(count, first, n, lefts + r / rows * rows * of_lefts + r % rows, x, sums + r * columns,
+               {0, rows * of_lefts, rows * columns}, coming, leave.below(r));
+      coming = {};
+    });
+  }
+  /// All ranks of `count` panels of x, whose sums are `of_panel` apart.
+  template <class B>
+  static void add_panels(Index count, Index ranks, bool first, Index n, const float* lefts, Index of_lefts, const B& x,
+                         float* sums, Index of_panel, const ComingPanel& coming, const GradientTile& leave = {}) {
+    in_steps<rows>(ranks, [&](auto m, Index r) {
+      tiles<m>(count, first, n, lefts + r / rows * rows * of_lefts + r % rows, x, sums + r * columns,
+               {columns, 0, of_panel}, coming, leave.below(r));
+    });
   }
 
   /// out (+)= scale · sums, for [ranks, wide] of one panel.
@@ -130,6 +151,30 @@ struct SumPanel {
   }
 
  private:
+  template <int R, class B>
+  [[gnu::always_inline]] static void tile(bool first, Index n, const float* left, const B& x, float* sums,
+                                          const ComingPanel& coming, const GradientTile& leave) {
+    Tile<R, packets> sum;
+    // The gradient is not in L2 where it is larger: its lines come while sums are added up.
+    if (leave.out != nullptr)
+      unroll<R>([&](auto i) __attribute__((always_inline)) {
+        unroll<packets>([&](auto j)
+                            __attribute__((always_inline)) { prefetch(leave.out + i * leave.stride + j * width); });
+      });
+    if (first)
+      sum.clear();
+    else
+      sum.load_from(sums, columns);
+    outer(
+        n, Columns{left, rows}, x, sum, [&](Index k) __attribute__((always_inline)) { coming.ask(k); });
+    if (leave.out == nullptr) return sum.store_to(sums, columns);
+    const Packet factor = splat(leave.scale);
+    float* const to = leave.out;
+    const Index stride = leave.stride;
+    const Into into = leave.into;
+    sum.each([&](int i, int j, Packet v)
+                 __attribute__((always_inline)) { put(v, factor, into, to + i * stride + j * width, WholePacket{}); });
+  }
   template <class G, class Lanes>
   [[gnu::always_inline]] static void put(Packet sum, Packet factor, Into into, G* to, const Lanes& lanes) {
     lanes.store(to, into == Into::add ? fma(factor, sum, lanes.load(to)) : mul(factor, sum));
@@ -165,7 +210,7 @@ struct TokenSum {
   }
   /// Tokens whose products are added up in registers. Rows of x that are read where they lie share few sets of L1.
   static Index tokens_of(const Tuning& tuning, Index ranks) {
-    return ranks > SumPanel::few_ranks ? tuning.tokens_per_sum : larger(1, tuning.tokens_per_sum / 4);
+    return ranks > SumPanel::few_ranks ? tuning.tokens_per_sum : larger(1, tuning.tokens_per_sum / 3);
   }
   static Index scratch(const Tuning& tuning, Index ranks, Index columns, bool direct) {
     const Index sweep = sweep_of(tuning, ranks, columns, direct), most = ranks_of(ranks);
@@ -235,33 +280,44 @@ void TokenSum<X, G, M>::run(Index r0, Index ranks, Index c0, Index columns, floa
     SumPanel::copy(
         x, [t](Index i) { return t + i; }, n, c0 + copied, columns - copied, block, row);
     for (Index i = 0; under_bits && i < n; ++i) keep_bits(x.dropout, t + i, c0, columns, bits + i * pitch_of_bits);
-    for (Index c = 0; c < columns; c += panel) {
-      const Index wide = smaller(panel, columns - c);
-      const bool last = t + n >= tokens, leaves = last && padded == ranks && whole_tiles_leave(wide);
-      const auto add_up = [&](const auto& from, ComingPanel coming) {
-        in_steps<rows>(padded, [&](auto m, Index r) {
-          SumPanel::tile<m, SumPanel::packets>(t == 0, n, lefts + r / rows * rows * n + r % rows, from,
-                                               sums + c / panel * of_panel + r * panel, coming,
-                                               leaves ? leave(r0 + r, c0 + c) : GradientTile{});
-          coming = {};  // once is enough
+    const bool last = t + n >= tokens;
+    const auto leaves = [&](Index wide) { return last && padded == ranks && whole_tiles_leave(wide); };
+    // f(ranks [begin, end), where their tiles leave): all, or, where they leave for two gradients, those of each.
+    const auto each_gradient = [&](Index c, Index wide, const auto& f) {
+      if (!leaves(wide)) return f(0, padded, GradientTile{});
+      const Index border = smaller(padded, larger(0, out.rows - r0));
+      if (border > 0) f(0, border, leave(r0, c0 + c));
+      if (border < padded) f(border, padded, leave(r0 + border, c0 + c));
+    };
+    const auto finish_at = [&](Index c, Index wide) {
+      if (last && !leaves(wide)) finish(r0, ranks, c0 + c, wide, sums + c / panel * of_panel);
+    };
+    // What is read in place is asked for two panels ahead, what is copied a step ahead.
+    if constexpr (std::is_same_v<X, float>) {
+      const auto add_up = [&](const auto& from) {
+        each_gradient(0, panel, [&](Index begin, Index end, const GradientTile& leave) {
+          SumPanel::add_panels(copied / panel, end - begin, t == 0, n, lefts + begin * n, n, from, sums + begin * panel,
+                               of_panel, {from.p + 2 * panel, from.step, panel}, leave);
         });
       };
-      // What is copied is asked for a step ahead, what is read in place two panels ahead.
-      if (c >= copied || n == 0) {
-        ComingPanel coming;
-        if (copied == 0 && t + n < tokens) coming = {x.rows.row(t + n) + c0 + c, x.rows.stride, panel};
-        add_up(Panel<float>{block + (c - copied) * n, panel}, coming);
-      } else if constexpr (std::is_same_v<X, float>) {
-        const float* const rows_of_x = x.rows.row(t) + c0 + c;
-        const ComingPanel coming{rows_of_x + 2 * panel, x.rows.stride, panel};
-        if (under_bits) {
-          if constexpr (keeps_while_loading)
-            add_up(KeptPanel{rows_of_x, x.rows.stride, bits + c / 8, pitch_of_bits}, coming);
-        } else {
-          add_up(Panel<float>{rows_of_x, x.rows.stride}, coming);
-        }
+      if (copied != 0 && n != 0) {
+        const Panel<float> rows_of_x{x.rows.row(t) + c0, x.rows.stride};
+        if (!under_bits)
+          add_up(rows_of_x);
+        else if constexpr (keeps_while_loading)
+          add_up(KeptPanel{rows_of_x.p, rows_of_x.step, bits, pitch_of_bits});
+        for (Index c = 0; c < copied; c += panel) finish_at(c, panel);
       }
-      if (last && !leaves) finish(r0, ranks, c0 + c, wide, sums + c / panel * of_panel);
+    }
+    for (Index c = n == 0 ? 0 : copied; c < columns; c += panel) {
+      const Index wide = smaller(panel, columns - c);
+      ComingPanel coming;
+      if (copied == 0 && t + n < tokens) coming = {x.rows.row(t + n) + c0 + c, x.rows.stride, panel};
+      each_gradient(c, wide, [&](Index begin, Index end, const GradientTile& leave) {
+        SumPanel::add_ranks(end - begin, t == 0, n, lefts + begin * n, n, Panel<float>{block + (c - copied) * n, panel},
+                            sums + c / panel * of_panel + begin * panel, begin == 0 ? coming : ComingPanel{}, leave);
+      });
+      finish_at(c, wide);
     }
   }
 }
