@@ -165,21 +165,29 @@ struct WovenRows {
 template <int M, int N, class Rows, class Weights, class Hint = NoHint>
 [[gnu::always_inline]] inline void dot(Index depth, const Rows& x, const Weights& w, Tile<M, N>& tile,
                                        Hint&& hint = {}) {
-  const auto step = [&](Index k, const auto& lanes) __attribute__((always_inline)) {
-    Packet a[M];
-    unroll<M>([&](auto m) __attribute__((always_inline)) { a[m] = x.packet(m, k, lanes); });
+  // U packets of a row of w together where one of x meets it: a line of one row at a time leaves L2 waiting.
+  const auto step = [&](auto packets, Index k, const auto& lanes) __attribute__((always_inline)) {
+    constexpr int U = packets;
+    Packet a[M][U];
+    unroll<U>([&](auto u) __attribute__((always_inline)) {
+      hint(k + u * width);
+      unroll<M>([&](auto m) __attribute__((always_inline)) { a[m][u] = x.packet(m, k + u * width, lanes); });
+    });
     unroll<N>([&](auto n) __attribute__((always_inline)) {
-      Packet b = w.packet(n, k, lanes);
-      if constexpr (M > 1) loramix::detail::keep_in_register(b);
-      unroll<M>([&](auto m) __attribute__((always_inline)) { tile.c[m][n] = fma(a[m], b, tile.c[m][n]); });
+      unroll<U>([&](auto u) __attribute__((always_inline)) {
+        Packet b = w.packet(n, k + u * width, lanes);
+        if constexpr (M > 1) loramix::detail::keep_in_register(b);
+        unroll<M>([&](auto m) __attribute__((always_inline)) { tile.c[m][n] = fma(a[m][u], b, tile.c[m][n]); });
+      });
     });
   };
+  constexpr int together = M == 1 ? 4 : 1;
   Index k = 0;
-  for (; k + width <= depth; k += width) {
-    hint(k);
-    step(k, WholePacket{});
-  }
-  if (k < depth) step(k, PartOfPacket{depth - k});
+  for (; k + together * width <= depth; k += together * width)
+    step(std::integral_constant<int, together>{}, k, WholePacket{});
+  constexpr std::integral_constant<int, 1> one;
+  for (; together > 1 && k + width <= depth; k += width) step(one, k, WholePacket{});
+  if (k < depth) step(one, k, PartOfPacket{depth - k});
 }
 
 /// Asks for rows one after the other, line by line, while something else is computed: the prefetcher of the machine follows a

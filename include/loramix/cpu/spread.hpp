@@ -152,22 +152,36 @@ struct Spread {
       unroll<N>([&](auto j) __attribute__((always_inline)) { left[i][j] = splat(first.left(t + i, r + j)); });
     });
     const W* const from = &w(r, c);
-    over_packets(
-        n, [&](Index k, auto lanes) __attribute__((always_inline)) {
-          Packet sum[T];
-          unroll<T>([&](auto i)
-                        __attribute__((always_inline)) { sum[i] = begins ? splat(0) : load(sums + i * pitch + k); });
-          unroll<N>([&](auto j) __attribute__((always_inline)) {
-            const Packet b = lanes.load(from + j * w.stride + k);
-            unroll<T>([&](auto i) __attribute__((always_inline)) { sum[i] = fma(left[i][j], b, sum[i]); });
-          });
-          unroll<T>([&](auto i) __attribute__((always_inline)) {
-            if (!ends) return store(sums + i * pitch + k, sum[i]);
-            if (idle != nullptr && idle[t + i] != 0) return;
-            // Added with a rounding of its own, as a panel is.
-            add_or_set(y.row(t + i) + c + k, mul(factor, sum[i]), into, lanes);
-          });
+    // U packets of a row together: a line of one row at a time leaves L2 waiting.
+    const auto step = [&](auto packets_of_row, Index k, auto lanes) __attribute__((always_inline)) {
+      constexpr int U = packets_of_row;
+      Tile<T, U> sum;
+      sum.set([&](int i, int u, Packet) __attribute__((always_inline)) {
+        return begins ? splat(0) : load(sums + i * pitch + k + u * width);
+      });
+      unroll<N>([&](auto j) __attribute__((always_inline)) {
+        Packet b[U];
+        unroll<U>([&](auto u)
+                      __attribute__((always_inline)) { b[u] = lanes.load(from + j * w.stride + k + u * width); });
+        sum.set([&](int i, int u, Packet v) __attribute__((always_inline)) { return fma(left[i][j], b[u], v); });
+      });
+      unroll<T>([&](auto i) __attribute__((always_inline)) {
+        if (ends && idle != nullptr && idle[t + i] != 0) return;
+        unroll<U>([&](auto u) __attribute__((always_inline)) {
+          const Index at = k + u * width;
+          if (!ends) return store(sums + i * pitch + at, sum.c[i][u]);
+          // Added with a rounding of its own, as a panel is.
+          add_or_set(y.row(t + i) + c + at, mul(factor, sum.c[i][u]), into, lanes);
         });
+      });
+    };
+    constexpr int together = 4 / T;
+    Index k = 0;
+    for (; k + together * width <= n; k += together * width)
+      step(std::integral_constant<int, together>{}, k, WholePacket{});
+    over_packets(
+        n - k, [&, begin = k ](Index i, auto lanes)
+                   __attribute__((always_inline)) { step(std::integral_constant<int, 1>{}, begin + i, lanes); });
   }
   /// Adds a tile to y, or assigns it.
   template <int T, int N>
