@@ -95,7 +95,8 @@ struct Spread {
   static constexpr int stream_ranks = RegisterTile::many ? 8 : 4;
 
   static Index mask_values(Index sweep) { return rows * keep_bytes(sweep) / 4 + width; }
-  /// Columns whose weights are read for all tokens before the next ones': an eighth of L1 waits for them and one is asked for.
+  /// Columns whose weights meet all tokens before the next ones come, which are asked for meanwhile: a quarter of L1, or a
+  /// panel.
   static Index natural_block(Index ranks) { return larger(1, 2048 / larger(1, ranks) / panel) * panel; }
 
   /// T tokens from t on × columns from c on, panel by panel in one loop: a call for each panel costs as much as a tile of few
