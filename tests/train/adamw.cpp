@@ -316,6 +316,7 @@ TEST_CASE_TEMPLATE("AdamW: the same bits for any number of threads, no allocatio
   CHECK(same_bits(one, run(BackwardsExecutor{})));
   for (const Index lanes : {1, 2, 3}) {
     lm::ThreadPool pool(lanes);
+    begin_threads(pool.executor());
     CHECK(same_bits(one, run(pool.executor())));
   }
 }

@@ -128,6 +128,7 @@ TEST_CASE("clip_norm: the same bits for any number of threads, no allocation") {
   check_same(BackwardsExecutor{});
   for (const Index lanes : {1, 2, 3}) {
     lm::ThreadPool pool(lanes);
+    begin_threads(pool.executor());
     check_same(pool.executor());
   }
 }

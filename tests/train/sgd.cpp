@@ -101,6 +101,7 @@ TEST_CASE("SGD: the same bits for any number of threads, no allocation, and the 
   CHECK(same_bits(one, run(BackwardsExecutor{})));
   for (const Index lanes : {1, 2, 3}) {
     lm::ThreadPool pool(lanes);
+    begin_threads(pool.executor());
     CHECK(same_bits(one, run(pool.executor())));
   }
   const lm::Clip bad{.finite = false};
