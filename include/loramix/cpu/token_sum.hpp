@@ -91,12 +91,12 @@ struct SumPanel {
   /// `count` tiles one after the other: sums [R, panel] (+)= Σ_k left[k, i] · x(k), `left` and `sums` as they lie in blocks.
   template <int R, class B>
   [[gnu::flatten, gnu::noinline]] static void tiles(Index count, bool first, Index n, const float* left, B x,
-                                                    float* sums, const Step step, ComingPanel coming,
+                                                    float* sums, const Step by, ComingPanel coming,
                                                     GradientTile leave) {
-    for (; count > 0; --count, x.move(step.x), left += step.left, sums += step.sums) {
+    for (; count > 0; --count, x.move(by.x), left += by.left, sums += by.sums) {
       tile<R>(first, n, left, x, sums, coming, leave);
-      if (leave.out != nullptr) leave.out += step.x == 0 ? R * leave.stride : columns;
-      if (step.x == 0)
+      if (leave.out != nullptr) leave.out += by.x == 0 ? R * leave.stride : columns;
+      if (by.x == 0)
         coming = {};  // once is enough
       else if (coming.lines != nullptr)
         coming.lines += coming.bytes;
