@@ -138,7 +138,7 @@ struct PanelContraction {
   }
   /// Ranks behind the last whole packet that are summed by dot products: at most half a packet, of weights and rows of x whose
   /// values follow each other.
-  Index rest() const {
+  Index ranks_behind() const {
     const Index behind = w.ranks() % width;
     return M == Major::row && x.direct() && behind <= width / 2 ? behind : 0;
   }
@@ -159,10 +159,7 @@ struct PanelContraction {
     Tile<T, N> c;
     c.clear();
     dot(n, from, rows, c);
-    c.each([&](int m, int r, Packet v) __attribute__((always_inline)) {
-      float& to = sums[m * padded + r];
-      to = first ? sum(v) : to + sum(v);
-    });
+    c.sum_to(sums, padded, first);
   }
   /// What is converted next: the same tokens' columns from c on, or the next tokens' from k on.
   RowWalk behind(Index t, Index g, Index k, Index c) const {
@@ -192,7 +189,7 @@ template <class X, class W, Major M>
 void PanelContraction<X, W, M>::run(const Jobs& jobs, Index job, float* scratch) const {
   const Index r = job % jobs.rank_jobs * jobs.ranks, t0 = jobs.tokens.begin(job / jobs.rank_jobs);
   const Index ranks = smaller(jobs.ranks, w.ranks() - r), padded = round_up(ranks, width);
-  const Index rest = r + ranks == w.ranks() ? this->rest() : 0, woven = woven_rows(rest),
+  const Index rest = r + ranks == w.ranks() ? ranks_behind() : 0, woven = woven_rows(rest),
               packed = padded - (rest == 0 ? 0 : width);
   const Index n = jobs.tokens.count(job / jobs.rank_jobs);
   float* const sums = scratch;

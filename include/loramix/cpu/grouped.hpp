@@ -243,10 +243,7 @@ struct GroupedContraction {
         dot(smaller(step, n - c), from, WeightRows<W>{w.row(r) + k + c, w.stride}, tile);
       }
       next = walk;
-      tile.each([&](int m, int j, Packet v) __attribute__((always_inline)) {
-        float& to = sums[m * pitch_of_sums + j];
-        to = k == 0 ? sum(v) : to + sum(v);
-      });
+      tile.sum_to(sums, pitch_of_sums, k == 0);
     }
   }
   void write(Index c, const Entries& range, const float* sums) const {

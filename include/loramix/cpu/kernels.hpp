@@ -55,6 +55,13 @@ struct Tile {
   [[gnu::always_inline]] void store_to(float* p, Index stride) const {
     each([&](int m, int n, Packet v) __attribute__((always_inline)) { store(p + m * stride + n * width, v); });
   }
+  /// p[m, n] = the sum of c[m][n]'s lanes, or has it added.
+  [[gnu::always_inline]] void sum_to(float* p, Index stride, bool first) const {
+    each([&](int m, int n, Packet v) __attribute__((always_inline)) {
+      float& to = p[m * stride + n];
+      to = first ? sum(v) : to + sum(v);
+    });
+  }
 };
 
 /// a(m, k) = base[m · stride + k]. One pointer serves three rows: x86 addresses it with factors 0, 1 and 2.
