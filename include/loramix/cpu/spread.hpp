@@ -52,9 +52,9 @@ struct Spread {
 
   Index ranks() const { return first.w.rows + second.w.rows; }
 
-  /// Weights as they lie, from column c on.
-  PanelsOfWeights<W, false> lying(Index c) const requires(M == Major::row) {
-    const auto from = [c](const auto& w) { return w.rows == 0 ? nullptr : w.row(0) + c; };
+  /// Weights in rank-major order as they lie, from column c on.
+  PanelsOfWeights<W, false> lying(Index c) const {
+    const auto from = [c](const auto& w) { return w.rows == 0 ? nullptr : w.data + c; };
     return {from(first.w), from(second.w), first.w.stride, second.w.stride, panel};
   }
 

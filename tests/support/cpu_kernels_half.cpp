@@ -1,2 +1,3 @@
-#define KERNELS template struct
 #include "support/cpu_kernels.hpp"
+
+KERNELS_OF_HALF(template struct)
