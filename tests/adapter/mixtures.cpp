@@ -5,7 +5,9 @@
 
 #include <loramix/adapter/hydra_lora.hpp>
 #include <loramix/adapter/lora_moe.hpp>
+#include <loramix/adapter/moa.hpp>
 #include <loramix/adapter/mola.hpp>
+#include <loramix/adapter/served.hpp>
 #include <loramix/adapter/team_lora.hpp>
 #include <loramix/train/gradient_check.hpp>
 
@@ -197,6 +199,21 @@ void same_case(const Batch<A>& a, Batch<B>& b) {
 }
 
 }  // namespace
+
+TEST_CASE("mixtures: cost() counts the ranks that a token is given, those of the router, and all parameters") {
+  const auto flop = [](Index down, Index up) { return 2.0 * 100 * static_cast<double>(down * 13 + up * 11); };
+  const auto check = [&](const auto& adapter, double forward) {
+    const lm::Cost cost = adapter.cost(100);
+    CHECK(cost.forward_flop == forward);
+    CHECK(cost.backward_flop == 2 * forward);
+    CHECK(cost.parameters == lm::parameter_count(adapter));
+  };
+  check(lm::LoraMoe<float>(mixture), flop(6 + 3, 6));
+  check(lm::HydraLora<float>(mixture), flop(2 + 3, 6));
+  check(lm::Mola<float>(mola({.k = 2})), flop(2 * 2 + 5, 2 * 2));
+  check(lm::Moa<float>({.d_in = 13, .d_out = 11, .experts = 3, .rank = 2}), flop(2 + 3, 2));
+  check(lm::Served<float>({13, 11, {{3, 1, true}, {5, 1, true}}}), flop(5, 5));
+}
 
 TEST_CASE("gradients of the mixtures equal finite differences") {
   for (const lm::Keep keep : {lm::Keep::z, lm::Keep::recompute}) {

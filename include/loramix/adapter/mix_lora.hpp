@@ -92,10 +92,10 @@ class MixLora {
 
   /// Of the adapter's part: the two base products before and the one after are the engine's.
   Cost cost(Index tokens) const {
-    const Index R = ranks();
+    const Index R = ranks(), chosen = config_.rule.k * config_.rank;
     const Cost in = product_cost<precision>(tokens, config_.d_in, 0, 2 * R, 2 * R, config_.router_rows());
-    const Cost mix = mix_experts_cost<precision>(tokens, config_.d_hidden, R, config_.rule.k * config_.rank);
-    return detail::sum_of({in, mix, product_cost<precision>(tokens, 0, config_.d_out, R, R, 0)});
+    const Cost mix = mix_experts_cost<precision>(tokens, config_.d_hidden, R, chosen);
+    return detail::sum_of({in, mix, product_cost<precision>(tokens, 0, config_.d_out, R, R, 0, chosen)});
   }
   template <class Self, class F>
   static void visit(Self& self, F&& f) {

@@ -8,11 +8,13 @@
 ///                gate<W, Score, S>(config, views)     a computed gate of them; W is const in an adapter's own gate
 ///                start_router(fill, config, views)    their starting values
 ///                check(config)                        (optional) what it refuses
+///                chosen(config)                       (optional) experts that a token is given, where not all
 /// Parameters:  lora_A.weight [E·r or r, d_in], lora_B.weight [d_out, E·r] and the router's, without those of no values; in
 ///              files experts.{e}.lora_A.weight [r, d_in], experts.{e}.lora_B.weight [d_out, r].
 /// Errors:      sizes below 0, no expert, dropout outside [0, 1); what the method and the gate's check() refuse; from():
 ///              LoRAs that differ in shape, rank or scale.
-/// Cost:        LoRA of rank E·r (one shrink of r rows where A is shared) plus the router's rows.
+/// Cost:        LoRA of rank E·r, or of the chosen experts' ranks (one shrink of r rows where A is shared), plus the router's
+///              rows.
 /// Determinism: adapter/forward.hpp
 /// Example:     tests/adapter
 #pragma once
@@ -118,7 +120,10 @@ class Mixture {
   }
 
   Cost cost(Index tokens) const {
-    Cost cost = product_cost<precision>(tokens, config_.d_in, config_.d_out, A().rows, ranks(), config_.router_rows());
+    Index open = ranks();
+    if constexpr (requires { Method::chosen(config_); }) open = Method::chosen(config_) * config_.rank;
+    Cost cost =
+        product_cost<precision>(tokens, config_.d_in, config_.d_out, A().rows, ranks(), config_.router_rows(), open);
     cost.parameters = parameter_count(*this);
     return cost;
   }

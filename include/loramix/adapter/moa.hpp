@@ -9,7 +9,7 @@
 ///              router = false and get its decisions as labels.
 /// Errors:      sizes below 0, no expert, dropout outside [0, 1); what router/domain.hpp refuses; LoRAs that
 ///              differ in shape, rank or scale.
-/// Cost:        LoRA of rank places·r plus the router's rows on the composed path.
+/// Cost:        LoRA of rank r plus the router's rows; of rank places·r on the composed path.
 /// Determinism: adapter/forward.hpp; a sequence depends on its own rows only.
 /// Merge:       per domain: merge_domain (adapter/domains.hpp).
 /// Example:     tests/adapter/moa.cpp
@@ -54,6 +54,7 @@ struct MoaMethod {
   using Config = MoaConfig;
   static constexpr const char* kind = "moa";
   static constexpr bool shared_A = false;
+  static constexpr Index chosen(const Config&) { return 1; }
 
   static std::array<RouterParameter, 2> router(const Config& c) {
     const Index rows = c.router ? c.experts : 0, room = c.router_rows();

@@ -5,8 +5,8 @@
 /// Source:      MoLA, Gao et al. 2024 (arXiv 2402.08562): top-2 of the token, renormalised.
 /// Parameters:  adapter/mixture.hpp; the router starts U(−1/√d_in, 1/√d_in), its noise rows (if any) at 0.
 /// Errors:      adapter/mixture.hpp; k outside [1, experts].
-/// Cost:        LoRA of rank E·r plus the router rows; the composed path computes all experts in rank
-///              space and selects there.
+/// Cost:        LoRA of rank k·r plus the router's rows; the composed path, and the fused one where that pays, compute
+///              all experts in rank space and select there.
 /// Determinism: adapter/forward.hpp; with capacity a token depends on its batch.
 /// Merge:       none: the gate depends on the token.
 /// Example:     examples/demo
@@ -46,6 +46,7 @@ struct MolaMethod {
   using Config = MolaConfig;
   static constexpr const char* kind = "mola";
   static constexpr bool shared_A = false;
+  static Index chosen(const Config& c) { return c.rule.k; }
 
   static std::array<RouterParameter, 1> router(const Config& c) {
     return {{{"moe_gate.weight", c.router_rows(), c.d_in}}};

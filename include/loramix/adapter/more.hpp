@@ -79,6 +79,7 @@ class More {
 
   /// r_τ, as the next forward will choose it.
   Index chosen_rank(Index task) const { return gate().chosen_rank(task); }
+  /// Where all ranks are chosen.
   Cost cost(Index tokens) const {
     Cost cost = product_cost<precision>(tokens, config_.d_in, config_.d_out, config_.rank, config_.rank, 0);
     cost.parameters += config_.tasks * width() + selector_rows() * (config_.d_in + 1);

@@ -97,8 +97,11 @@ class Served {
   RequestGate<T, score, S> gate() { return {ids_.view(), offsets_.data(), scale_.view()}; }
   RequestGate<const T, score, S> gate() const { return {ids_.view(), offsets_.data(), scale_.view()}; }
 
+  /// With the adapter of most ranks for every token.
   Cost cost(Index tokens) const {
-    return product_cost<precision>(tokens, config_.d_in, config_.d_out, ranks(), ranks(), 0);
+    Index most = 0;
+    for (const ServedSlot& slot : config_.slots) most = slot.rank > most ? slot.rank : most;
+    return product_cost<precision>(tokens, config_.d_in, config_.d_out, ranks(), ranks(), 0, most);
   }
   template <class Self, class F>
   static void visit(Self& self, F&& f) {
@@ -109,9 +112,7 @@ class Served {
  private:
   static Config normal(Config config) {
     if (config.slots.empty()) config.slots.emplace_back();
-    for (const ServedSlot& slot : config.slots) {
-      detail::checked("Served", LoraConfig{config.d_in, config.d_out, slot.rank});
-    }
+    for (const auto& slot : config.slots) detail::checked("Served", LoraConfig{config.d_in, config.d_out, slot.rank});
     return config;
   }
   /// What the gate reads, made on the host: value(i) for i in [0, n).

@@ -28,6 +28,15 @@ typename A::Config configured(Shape shape, Index tasks) {
   return config;
 }
 
+/// A product with a frozen weight: backward makes dx only.
+template <class P>
+constexpr Cost frozen_product_cost(Index tokens, Index d_in, Index d_out) {
+  const double T = static_cast<double>(tokens), in = static_cast<double>(d_in), out = static_cast<double>(d_out);
+  constexpr double x = sizeof(typename P::activation), w = sizeof(typename P::weight);
+  const double flop = 2 * T * in * out, bytes = x * T * (in + out) + w * in * out;
+  return {flop, flop, bytes, bytes, 0};
+}
+
 /// Adapters that see x and y only, which are nearly all.
 template <class A>
 class Layer {
@@ -122,7 +131,7 @@ class Layer<A> {
     row_squares(be, RowSquares<X, Acc, space>{weights_.view(), squares_.view()});
     start_magnitude(be, adapter, base());
   }
-  Cost frozen_cost(Index tokens) const { return product_cost<typename A::precision>(tokens, in(), 0, out(), 0, 0); }
+  Cost frozen_cost(Index tokens) const { return frozen_product_cost<typename A::precision>(tokens, in(), out()); }
   DoraBase<A> base() const { return {.weights = weights_.view(), .squares = squares_.view()}; }
 
   template <class Backend>
@@ -183,7 +192,8 @@ class Layer<A> {
   template <class Backend>
   void start(const Backend&, A&) {}
   Cost frozen_cost(Index tokens) const {
-    return product_cost<typename A::precision>(tokens, in(), out(), 2 * hidden(), hidden(), 0);
+    const Cost up = frozen_product_cost<typename A::precision>(tokens, in(), hidden());
+    return loramix::detail::sum_of({up, up, frozen_product_cost<typename A::precision>(tokens, hidden(), out())});
   }
 
   template <class Backend>

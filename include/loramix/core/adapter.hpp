@@ -59,17 +59,27 @@ struct Cost {
   Index parameters = 0;
 };
 
-/// Cost of a gated product with R_a rows of A, R ranks, n side rows.
+/// Cost of a gated product with R_a rows of A, R ranks, n side rows; the gate gives a token `open` of the ranks, and of the rows
+/// of A, unless those are shared.
 template <class P>
-constexpr Cost product_cost(Index tokens, Index d_in, Index d_out, Index shared_ranks, Index ranks, Index side) {
+constexpr Cost product_cost(Index tokens, Index d_in, Index d_out, Index shared_ranks, Index ranks, Index side,
+                            Index open) {
   const double T = static_cast<double>(tokens), in = static_cast<double>(d_in), out = static_cast<double>(d_out);
   const double down = static_cast<double>(shared_ranks + side) * in, up = static_cast<double>(ranks) * out;
+  const double flop = 2 * T *
+                      (static_cast<double>((shared_ranks == ranks ? open : shared_ranks) + side) * in +
+                       static_cast<double>(open) * out);
   constexpr double x = sizeof(typename P::activation), w = sizeof(typename P::weight), g = sizeof(typename P::gradient);
-  return {.forward_flop = 2 * T * (down + up),
-          .backward_flop = 4 * T * (down + up),
+  return {.forward_flop = flop,
+          .backward_flop = 2 * flop,
           .forward_bytes = x * T * (in + 2 * out) + w * (down + up),
           .backward_bytes = x * T * (3 * in + out) + (w + 2 * g) * (down + up),
           .parameters = (shared_ranks + side) * d_in + ranks * d_out};
+}
+/// The same with all ranks open.
+template <class P>
+constexpr Cost product_cost(Index tokens, Index d_in, Index d_out, Index shared_ranks, Index ranks, Index side) {
+  return product_cost<P>(tokens, d_in, d_out, shared_ranks, ranks, side, ranks);
 }
 
 /// N parameters in one flat buffer, each beginning on a 64-byte boundary for every element type; the gaps are zero.

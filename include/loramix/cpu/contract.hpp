@@ -64,7 +64,8 @@ struct PanelContraction {
   static constexpr Index most_sums = 1 << 18;  // a megabyte
   static constexpr Index converted = 256;      // columns
 
-  /// How the work is cut: ranks first where there are few tokens, for a rank is packed by one job then.
+  /// How the work is cut: into ranks where there are few tokens, for a rank is packed by one job then, unless jobs of equally
+  /// many tokens are the smaller ones.
   struct Jobs {
     Index ranks, rank_jobs;
     Cut tokens;
@@ -78,9 +79,19 @@ struct PanelContraction {
    private:
     static Index ranks_of(Index tokens, Index ranks, Index lanes) {
       constexpr Index few = 512, wide = RegisterTile::wide * width, least = 2 * width;
-      const Index parts = tokens <= few ? larger(1, smaller(lanes, ranks / least)) : 1;
-      const Index of_job = smaller(most_ranks, round_up(blocks_of(ranks, parts), parts == 1 ? wide : width));
-      return larger(width, smaller(of_job, round_up(ranks, width)));
+      constexpr Index packing = 8;  // tokens that a rank meets while it is packed
+      const auto of_job = [&](Index parts) {
+        return smaller(most_ranks, round_up(blocks_of(ranks, parts), parts == 1 ? wide : width));
+      };
+      Index best = of_job(1);
+      if (tokens <= few) {
+        Index cost = elements(smaller(best, round_up(ranks, width)), blocks_of(tokens, lanes) + packing);
+        for (Index parts = 2; parts <= smaller(lanes, ranks / least); ++parts) {
+          const Index with = elements(of_job(parts), blocks_of(tokens, larger(1, lanes / parts)) + packing);
+          if (with < cost) best = of_job(parts), cost = with;
+        }
+      }
+      return larger(width, smaller(best, round_up(ranks, width)));
     }
   };
 

@@ -73,14 +73,30 @@ struct OutputScale {
 
   template <Team Tm>
   LORAMIX_HD void operator()(const Tm& team, Index t) const {
-    team.each(y.cols, [&](Index i) {
-      const Acc base = widen<Acc>(in(t, i)), added = delta.data == nullptr ? Acc(0) : delta(t, i),
-                by = widen<Acc>(c[i]);
-      if (sum.data != nullptr) sum(t, i) = base + added;
-      const Acc value = less_in ? (by - Acc(1)) * base + by * added : by * (base + added);
-      Y& cell = y(t, i);
-      cell = narrow<Y>(into == Into::add ? widen<Acc>(cell) + value : value);
-    });
+    const In* const base = in.row(t);
+    const C* const by = c.data;
+    if (delta.data == nullptr) {
+      if (sum.data != nullptr) {
+        team.each(y.cols, [to = sum.row(t), base](Index i) { to[i] = widen<Acc>(base[i]); });
+      }
+      const Acc less = less_in ? Acc(1) : Acc(0);
+      detail::put_row(team, y, t, into, [=](Index i) {
+        return (widen<Acc>(by[i]) - less) * widen<Acc>(base[i]) + Acc(0);  // 0 rather than −0 where c is 1
+      });
+      return;
+    }
+    const Acc* const added = delta.row(t);
+    if (sum.data != nullptr) {
+      team.each(y.cols, [to = sum.row(t), base, added](Index i) { to[i] = widen<Acc>(base[i]) + added[i]; });
+    }
+    if (less_in) {
+      detail::put_row(team, y, t, into, [=](Index i) {
+        const Acc factor = widen<Acc>(by[i]);
+        return (factor - Acc(1)) * widen<Acc>(base[i]) + factor * added[i];
+      });
+    } else {
+      detail::put_row(team, y, t, into, [=](Index i) { return widen<Acc>(by[i]) * (widen<Acc>(base[i]) + added[i]); });
+    }
   }
 };
 
@@ -113,14 +129,20 @@ struct OutputScaleBackward {
 
   template <Team Tm>
   LORAMIX_HD void operator()(const Tm& team, Index t) const {
-    team.each(dy.cols, [&](Index i) {
-      const Acc d = widen<Acc>(dy(t, i));
-      if (terms.data != nullptr) terms(t, i) = d * sum(t, i) * (factor.data == nullptr ? Acc(1) : factor[i]);
-      if (passed.data == nullptr) return;
-      const Acc value = (less_in ? widen<Acc>(c[i]) - Acc(1) : widen<Acc>(c[i])) * d;
-      Passed& cell = passed(t, i);
-      cell = narrow<Passed>(into == Into::add ? widen<Acc>(cell) + value : value);
-    });
+    const Y* const d = dy.row(t);
+    if (terms.data != nullptr) {
+      const Acc *const s = sum.row(t), *const by = factor.data;
+      Acc* const to = terms.row(t);
+      if (by == nullptr) {
+        team.each(dy.cols, [=](Index i) { to[i] = widen<Acc>(d[i]) * s[i]; });
+      } else {
+        team.each(dy.cols, [=](Index i) { to[i] = widen<Acc>(d[i]) * s[i] * by[i]; });
+      }
+    }
+    if (passed.data == nullptr) return;
+    const Acc less = less_in ? Acc(1) : Acc(0);
+    detail::put_row(team, passed, t, into,
+                    [=, by = c.data](Index i) { return (widen<Acc>(by[i]) - less) * widen<Acc>(d[i]); });
   }
 };
 

@@ -64,9 +64,14 @@ struct PrependRow {
     }
     const Index inside = row - sequences.offsets[low] - low * v, t = row - (low + 1) * v;
     const bool copied = t >= 0 && t < x.rows && inside >= v;
-    team.each(y.cols, [&](Index c) {
-      y(row, c) = inside >= 0 && inside < v ? narrow<X>(prompt(inside, c)) : copied ? x(t, c) : narrow<X>(0.0f);
-    });
+    X* const to = y.row(row);
+    if (inside >= 0 && inside < v) {
+      team.each(y.cols, [to, from = prompt.row(inside)](Index c) { to[c] = narrow<X>(from[c]); });
+    } else if (copied) {
+      team.each(y.cols, [to, from = x.row(t)](Index c) { to[c] = from[c]; });
+    } else {
+      team.each(y.cols, [to](Index c) { to[c] = narrow<X>(0.0f); });
+    }
   }
 };
 
@@ -81,11 +86,10 @@ struct PrependInputGradient {
   template <Team Tm>
   LORAMIX_HD void operator()(const Tm& team, Index t) const {
     const Index b = sequences.segment_of(t), row = t + (b + 1) * prompt_rows;
-    team.each(dx.cols, [&](Index c) {
-      const Acc d = b < 0 || row >= dy.rows ? Acc(0) : widen<Acc>(dy(row, c));
-      X& cell = dx(t, c);
-      cell = narrow<X>(into == Into::add ? widen<Acc>(cell) + d : d);
-    });
+    if (b < 0 || row >= dy.rows)
+      put_row(team, dx, t, into, [](Index) { return Acc(0); });
+    else
+      put_row(team, dx, t, into, [from = dy.row(row)](Index c) { return widen<Acc>(from[c]); });
   }
 };
 

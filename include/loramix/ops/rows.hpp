@@ -8,6 +8,7 @@
 /// Determinism: a row's result depends on the team's width (CPU 1, GPU 32) and on nothing else.
 /// Example:     docs/how-to/add-a-gate.md
 #pragma once
+#include <loramix/core/scalars.hpp>
 #include <loramix/core/team.hpp>
 #include <loramix/ops/execute.hpp>
 
@@ -61,6 +62,18 @@ template <class First, class Second>
 InTurn(First, Second) -> InTurn<First, Second>;
 
 namespace detail {
+/// Row t of y [T, n] (+)= value(i). Nothing in the loops is asked for each element, so that compilers make packets of them.
+template <Team Tm, class Y, Space S, class F>
+LORAMIX_HD void put_row(const Tm& team, MatrixView<Y, S> y, Index t, Into into, const F& value) {
+  Y* const to = y.row(t);
+  if (into == Into::add) {
+    using Acc = decltype(value(Index{0}));
+    team.each(y.cols, [=](Index i) { to[i] = narrow<Y>(widen<Acc>(to[i]) + value(i)); });
+  } else {
+    team.each(y.cols, [=](Index i) { to[i] = narrow<Y>(value(i)); });
+  }
+}
+
 /// Whether the backend runs a row body in the launch of the op whose rows it reads: it then has
 /// execute_then_impl(backend, op, work, body), the op and then the body for each of its rows.
 template <class Backend>
