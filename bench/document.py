@@ -5,6 +5,7 @@
 
 A marker names what is written and the file that it is of:
   classes FILE   bench/summary.py's tables of a run of the benchmarks
+  adapters FILE  its table of every adapter
   peers FILE     bench/peers/report.py's whole report; its plot goes to docs/pictures/peers.svg
   goals FILE     the report's first table only
 """
@@ -30,6 +31,8 @@ def written(what, results):
     rows = json.loads((ROOT / results).read_text())
     if what == "classes":
         return summary.summary(rows["benchmarks"], short)
+    if what == "adapters":
+        return summary.summary_of_adapters(rows["benchmarks"], short)
     if what == "goals":
         return "\n".join(report.goals(rows))
     if what == "peers":

@@ -23,7 +23,10 @@ CAUTION = 0.9
 def axes(name):
     """{family, pass, T, d_in, …} of a row's name."""
     parts = name.replace("class/", "class ").split("/")
-    found = {"family": parts[0], "pass": parts[1] if len(parts) > 1 else ""}
+    found = {}
+    if parts[0] == "adapters" and len(parts) > 1:
+        found["adapter"] = parts.pop(1)
+    found |= {"family": parts[0], "pass": parts[1] if len(parts) > 1 else ""}
     for part in parts[2:]:
         key, _, value = part.partition(":")
         found[key] = int(value) if value.lstrip("-").isdigit() else value
@@ -98,8 +101,28 @@ def others(found):
     return lines
 
 
+def adapters(found):
+    """Every adapter at one shape, beside LoRA of as many ranks (DoRA and the MixLoRA block: and as many base products)."""
+    rows = {}
+    for a, r in found:
+        if "adapter" in a:
+            rows.setdefault(a["adapter"], {})[a["pass"]] = r
+    lines = ["| adapter | forward, ms | LoRA's over it | floor/time | training, ms | LoRA's over it | floor/time |", "|---" * 7 + "|"]
+    for name, passes in rows.items():
+        cells = []
+        for p in ("forward", "train"):
+            r = passes.get(p)
+            cells += ["–"] * 3 if r is None else [f"{r['real_time']:.3g}", f"{r['lora/ours']:.2f}", f"{r['floor/time']:.2f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines if rows else []
+
+
 def summary(rows, short):
     found = usable(rows, short)
     if not found:
         return ""
     return "\n".join([*classes(found), "", *others(found)]) + "\n"
+
+
+def summary_of_adapters(rows, short):
+    return "\n".join(adapters(usable(rows, short))) + "\n"

@@ -64,34 +64,44 @@ struct PanelContraction {
   static constexpr Index most_sums = 1 << 18;  // a megabyte
   static constexpr Index converted = 256;      // columns
 
-  /// How the work is cut: into ranks where there are few tokens, for a rank is packed by one job then, unless jobs of equally
-  /// many tokens are the smaller ones.
+  /// How the work is cut: into ranks where there are few tokens, for a rank is packed by one job then, and into tokens for lanes
+  /// that are left; or, where those jobs were uneven, into pieces of the tokens for all lanes, which pack a rank each.
   struct Jobs {
     Index ranks, rank_jobs;
     Cut tokens;
     Jobs(Index all_tokens, Index all_ranks, Index lanes)
-        : ranks(ranks_of(all_tokens, all_ranks, lanes)),
-          rank_jobs(blocks_of(all_ranks, ranks)),
-          tokens(all_tokens, blocks_of(lanes, larger(1, rank_jobs)), larger(1, most_sums / ranks / group) * group,
-                 group) {}
+        : Jobs(all_tokens, all_ranks, best(all_tokens, all_ranks, larger(1, lanes))) {}
     Index count() const { return rank_jobs * tokens.jobs; }
 
    private:
-    static Index ranks_of(Index tokens, Index ranks, Index lanes) {
+    struct Pieces {
+      Index ranks, tokens;  // ranks of one, and how many of tokens
+    };
+    Jobs(Index all_tokens, Index all_ranks, Pieces pieces)
+        : ranks(pieces.ranks),
+          rank_jobs(blocks_of(all_ranks, ranks)),
+          tokens(all_tokens, pieces.tokens, larger(1, most_sums / ranks / group) * group, group) {}
+
+    static Pieces best(Index tokens, Index ranks, Index lanes) {
       constexpr Index few = 512, wide = RegisterTile::wide * width, least = 2 * width;
-      constexpr Index packing = 8;  // tokens that a rank meets while it is packed
-      const auto of_job = [&](Index parts) {
-        return smaller(most_ranks, round_up(blocks_of(ranks, parts), parts == 1 ? wide : width));
+      constexpr Index packing = 8;  // tokens that a rank could meet while it is packed
+      const Index all = larger(width, round_up(ranks, width));
+      const auto cost = [&](Pieces p) {  // of jobs in turns, without those of a few ranks, or of all if that is more
+        const Index of_rank = round_up(blocks_of(tokens, p.tokens), group) + packing;
+        const Index turns = blocks_of(elements((all + p.ranks / 2 - 1) / p.ranks, p.tokens), lanes);
+        return larger(elements(elements(turns, p.ranks), of_rank), elements(elements(all, p.tokens), of_rank) / lanes);
       };
-      Index best = of_job(1);
-      if (tokens <= few) {
-        Index cost = elements(smaller(best, round_up(ranks, width)), blocks_of(tokens, lanes) + packing);
-        for (Index parts = 2; parts <= smaller(lanes, ranks / least); ++parts) {
-          const Index with = elements(of_job(parts), blocks_of(tokens, larger(1, lanes / parts)) + packing);
-          if (with < cost) best = of_job(parts), cost = with;
+      const Index fewest = larger(1, blocks_of(ranks, most_ranks));
+      Pieces found{};
+      for (Index parts = tokens <= few ? larger(fewest, smaller(lanes, ranks / least)) : fewest; parts >= fewest;
+           --parts) {
+        const Index of_job = round_up(blocks_of(ranks, parts), parts == 1 ? wide : width);
+        for (const Index pieces : {blocks_of(lanes, parts), lanes}) {
+          const Pieces p{smaller(all, larger(width, of_job)), pieces};
+          if (found.ranks == 0 || cost(p) < cost(found)) found = p;
         }
       }
-      return larger(width, smaller(best, round_up(ranks, width)));
+      return found;
     }
   };
 
