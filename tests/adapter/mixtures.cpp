@@ -9,6 +9,7 @@
 #include <loramix/adapter/mola.hpp>
 #include <loramix/adapter/served.hpp>
 #include <loramix/adapter/team_lora.hpp>
+#include <loramix/bench/layer.hpp>
 #include <loramix/train/gradient_check.hpp>
 
 #include "reference/routing.hpp"
@@ -213,6 +214,12 @@ TEST_CASE("mixtures: cost() counts the ranks that a token is given, those of the
   check(lm::Mola<float>(mola({.k = 2})), flop(2 * 2 + 5, 2 * 2));
   check(lm::Moa<float>({.d_in = 13, .d_out = 11, .experts = 3, .rank = 2}), flop(2 + 3, 2));
   check(lm::Served<float>({13, 11, {{3, 1, true}, {5, 1, true}}}), flop(5, 5));
+
+  const lm::Dora<float> dora({.d_in = 13, .d_out = 11, .rank = 2});
+  const lm::Cost frozen = lm::bench::Layer<lm::Dora<float>>(dora, 100).frozen_cost(100);  // no gradient of its weight
+  CHECK(frozen.forward_flop == 2.0 * 100 * 13 * 11);
+  CHECK(frozen.backward_flop == frozen.forward_flop);
+  CHECK(frozen.parameters == 0);
 }
 
 TEST_CASE("gradients of the mixtures equal finite differences") {

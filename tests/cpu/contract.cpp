@@ -1,4 +1,5 @@
-// Contractions whose ranks end inside a packet: those behind the last whole one are dot products, in whichever job they fall.
+// Contractions whose ranks end inside a packet: those behind the last whole one are dot products, in whichever job they fall; and
+// how contractions are cut into jobs.
 #include <doctest/doctest.h>
 
 #include <algorithm>
