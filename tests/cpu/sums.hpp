@@ -52,15 +52,15 @@ void check_sums(const Guarded<T>& out, const Guarded<T>& old, lm::Into into, Ind
   check_sums(out, old, into, n, out.all.rows(), terms);
 }
 
-/// The body on 1, 2 and 3 lanes, each time from `old`: the same bits; returns the last.
+/// The body on 1, 2 and 3 lanes, each time from `old`: the same bits; returns the first.
 template <class T, class Run>
-Guarded<T> on_lanes(const Guarded<T>& old, const Run& run) {
+Guarded<T> on_lanes(const Guarded<T>& old, const Run& run, const lm::cpu::Tuning& tuning = {}) {
   Guarded<T> first = old;
-  run(lm::cpu::Backend<>{}, first.view());
+  run(lm::cpu::Backend<>{{}, tuning}, first.view());
   for (const Index lanes : {2, 3}) {
     lm::ThreadPool pool(lanes);
     Guarded<T> again = old;
-    run(lm::cpu::Backend<lm::ThreadPool::PoolExecutor>{pool.executor()}, again.view());
+    run(lm::cpu::Backend<lm::ThreadPool::PoolExecutor>{pool.executor(), tuning}, again.view());
     CHECK(same_bits(first.all, again.all));
   }
   return first;

@@ -46,6 +46,35 @@ struct Input {
   }
 };
 
+/// `count` tiles of T tokens × N ranks, one below the other: sums [·, N] (+)= factor · dot products of rows of x, `n` values each.
+/// `ask(p)` comes before the packet at p is read.
+template <int T, int N, class X, class Ask>
+[[gnu::flatten, gnu::noinline]] void dot_tiles(Index count, Index n, const X* x, Index stride, const WovenRows w,
+                                               float factor, Into into, float* sums, Index of_sums, const Ask ask) {
+  for (; count > 0; --count, x += T * stride, sums += T * of_sums) {
+    DotRows<X, T> from;
+    for (int m = 0; m < T; ++m) from.p[m] = x + m * stride;
+    Tile<T, N> c;
+    c.clear();
+    dot(
+        n, from, w, c, [&](Index k) __attribute__((always_inline)) {
+          if constexpr (!std::is_same_v<Ask, NoHint>)
+            unroll<T>([&](auto m) __attribute__((always_inline)) { ask(from.p[m] + k); });
+        });
+    c.sum_to(sums, of_sums, N, factor, into);
+  }
+}
+/// sums [T, w.rows] (+)= factor · x wᵀ, for at most a tile's ranks.
+template <class X, class Ask>
+void dot_all(const MatrixView<const X>& x, const WovenRows& w, float factor, Into into, float* sums, Index of_sums,
+             const Ask& ask) {
+  in_runs<RegisterTile::dot_rows>(x.rows, [&](auto m, Index t, Index count) {
+    in_steps<RegisterTile::dot_columns>(w.rows, [&](auto ranks, Index) {
+      dot_tiles<m, ranks>(count, x.cols, x.row(t), x.stride, w, factor, into, sums + t * of_sums, of_sums, ask);
+    });
+  });
+}
+
 /// A contraction on packed weights: sweeps of columns, whose panels stay in L2 while the tokens go by.
 template <class X, class W, Major M>
 struct PanelContraction {
@@ -166,21 +195,7 @@ struct PanelContraction {
   static_assert(width / 2 <= RegisterTile::dot_columns);
   /// The same g tokens and columns: those ranks.
   void rest_by(Index t, Index g, Index k, Index n, const WovenRows& rows, float* sums, Index padded) const {
-    in_steps<RegisterTile::dot_rows>(g, [&](auto m, Index i) {
-      in_steps<RegisterTile::dot_columns>(rows.rows, [&](auto ranks, Index) {
-        DotRows<X, m> from;
-        for (int j = 0; j < m; ++j) from.p[j] = x.rows.row(t + i + j) + k;
-        dot_sums<m, ranks>(n, from, rows, sums + i * padded, padded, k == 0);
-      });
-    });
-  }
-  template <int T, int N>
-  [[gnu::flatten, gnu::noinline]] static void dot_sums(Index n, const DotRows<X, T>& from, const WovenRows rows,
-                                                       float* sums, Index padded, bool first) {
-    Tile<T, N> c;
-    c.clear();
-    dot(n, from, rows, c);
-    c.sum_to(sums, padded, first);
+    dot_all(x.rows.block(t, g, k, n), rows, 1.f, k == 0 ? Into::set : Into::add, sums, padded, NoHint{});
   }
   /// What is converted next: the same tokens' columns from c on, or the next tokens' from k on.
   RowWalk behind(Index t, Index g, Index k, Index c) const {
@@ -324,9 +339,7 @@ struct DotContraction {
     if (k + sweep < w.cols)
       c.store_to(sums, N * width);
     else
-      c.each([&, factor = factor_of(x.dropout, scale) ](int m, int n, Packet v) __attribute__((always_inline)) {
-        if (r + n < out.cols) out(t + m, r + n) = factor * sum(v);
-      });
+      c.sum_to(out.row(t) + r, out.stride, out.cols - r, factor_of(x.dropout, scale), Into::set);
   }
 };
 

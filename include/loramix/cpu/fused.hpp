@@ -13,6 +13,7 @@
 
 #include <loramix/core/precision.hpp>
 #include <loramix/cpu/contract.hpp>
+#include <loramix/cpu/dots_and_sums.hpp>
 #include <loramix/cpu/gate_rows.hpp>
 #include <loramix/cpu/grouped.hpp>
 #include <loramix/cpu/rows.hpp>
@@ -148,6 +149,25 @@ void run_token_sum(const Backend<E>& be, const TokenSum<X, G, M>& sum, MatrixVie
     const Index c = i % columns.jobs, r = i / columns.jobs;
     sum.run(ranks.begin(r), ranks.count(r), columns.begin(c), columns.count(c), scratch.row(lane));
   });
+}
+
+/// out [T, R] = scale · x Wᵀ, and the sums over tokens if they are wanted: in one pass where pieces keep all lanes busy.
+template <class E, class W, class G>
+void run_dots_and_sums(const Backend<E>& be, const DotsAndSums<W, G>& both, MatrixView<float> out,
+                       MatrixView<float> scratch) {
+  const Index tokens = both.tokens(), pieces = both.pieces.jobs, turns = blocks_of(pieces, be.lanes());
+  const bool summed = both.sum.out.data != nullptr;
+  if (summed && 10 * turns * be.lanes() <= 11 * pieces) {
+    be.run(pieces, [&](Index piece, Index lane) { both.run(piece, scratch.row(lane)); });
+  } else {
+    const Cut chunks(tokens, be.lanes(), larger(1, tokens), RegisterTile::dot_rows);
+    be.run(pieces * chunks.jobs, [&](Index i, Index lane) {
+      const Index chunk = i / pieces;
+      both.run_dots(i % pieces, chunks.begin(chunk), chunks.count(chunk), scratch.row(lane));
+    });
+    run_token_sum(be, both.sum, scratch);
+  }
+  over_rows(be, tokens, [&](Index t) { both.add_up(t, out.row(t)); });
 }
 
 /// ũ = U ∘ g for all tokens, or U itself where the gate is open.
@@ -375,6 +395,8 @@ struct FusedExpandBackward {
   using Sum = TokenSum<Y, G, transposed(M)>;
   using GroupedSum = GroupedTokenSum<Y, G, transposed(M)>;
   using Grouped = GroupedContraction<Y, W, transposed(M)>;
+  using Together = DotsAndSums<W, G>;
+  static constexpr bool together = std::is_same_v<Y, float> && transposed(M) == Major::row;
   Contraction<W, transposed(M)> ranks;
   bool grouped;
   MatrixView<float> gated;  // [T, R] ũ
@@ -382,6 +404,8 @@ struct FusedExpandBackward {
   loramix::detail::GateContributions<float, Space::host> by_token;
   Selection selection, of_rows;  // for sums over tokens; for dŨ, where that is listed otherwise
   bool apart = false;            // whether it is
+  Cut pieces{0, 1, 1, 1};        // of few ranks' columns, of whose rows dŨ and dB are made together
+  MatrixView<float> parts;       // [pieces · T, R] of dŨ
   MatrixView<float> lanes;
 
   template <class E, class Op>
@@ -400,6 +424,10 @@ struct FusedExpandBackward {
       if (apart) of_rows = Selection(arena, op.gate, by);
       floats = larger(floats,
                       larger(Grouped::scratch(be.tuning, rows(), op.dy.cols, direct), GroupedSum::scratch(selection)));
+    } else if (together && ranks.by_dots(be.tuning, op.u.rows) && class_of(be.tuning, op.u.rows) == TokenClass::many) {
+      pieces = Together::pieces_of(be.tuning, op.B.cols, op.B.rows);
+      parts = arena.matrix<float>(elements(pieces.jobs, op.u.rows), woven_rows(op.B.cols));
+      floats = larger(floats, Together::scratch(be.tuning, op.B.cols, pieces));
     }
     lanes = carve_lanes(arena, be.lanes(), floats);
   }
@@ -409,8 +437,20 @@ struct FusedExpandBackward {
 
   template <class E, class Op>
   void run(const Backend<E>& be, const Op& op) const {
+    const Input<Y> dy{op.dy};
+    if constexpr (together) {
+      if (pieces.jobs != 0 && op.u.rows != 0) {
+        MatrixView<const float> left;
+        if (op.dB.data != nullptr) left = gated_ranks(be, op.u, op.gate, false, gated);
+        Op contracted = op;
+        contracted.dB = {};
+        return run(be, contracted, [&](MatrixView<float> out) {
+          const Sum sum{left, dy, op.scale, op.parameters, op.dB.transposed(), be.tuning};
+          run_dots_and_sums(be, Together{op.B.transposed(), sum, pieces, parts}, out, lanes);
+        });
+      }
+    }
     run(be, op, [&](MatrixView<float> out) {
-      const Input<Y> dy{op.dy};
       if (!grouped) return ranks.run(be, dy, op.scale, out, lanes);
       if (apart) of_rows.build(be);
       const Index sweep = Grouped::sweep_of(be.tuning, rows(), op.dy.cols, dy.direct());

@@ -243,7 +243,7 @@ struct GroupedContraction {
         dot(smaller(step, n - c), from, WeightRows<W>{w.row(r) + k + c, w.stride}, tile);
       }
       next = walk;
-      tile.sum_to(sums, pitch_of_sums, k == 0);
+      tile.sum_to(sums, pitch_of_sums, N, 1, k == 0 ? Into::set : Into::add);
     }
   }
   void write(Index c, const Entries& range, const float* sums) const {
@@ -290,8 +290,10 @@ struct GroupedContraction {
     if (k + sweep < w.cols)
       tile.store_to(sums, N * width);
     else
-      tile.each([&, factor = factor_of(x.dropout, scale) ](int m, int j, Packet v)
-                    __attribute__((always_inline)) { out(token(m), r + j) = factor * sum(v); });
+      tile.each_sums([&, factor = splat(factor_of(x.dropout, scale)) ](int m, int j,
+                                                                       Packet totals) __attribute__((always_inline)) {
+        add_or_set(out.row(token(m)) + r + j, totals, factor, Into::set, PartOfPacket{smaller(N, width)});
+      });
   }
 };
 

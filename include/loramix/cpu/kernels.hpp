@@ -55,11 +55,25 @@ struct Tile {
   [[gnu::always_inline]] void store_to(float* p, Index stride) const {
     each([&](int m, int n, Packet v) __attribute__((always_inline)) { store(p + m * stride + n * width, v); });
   }
-  /// p[m, n] = the sum of c[m][n]'s lanes, or has it added.
-  [[gnu::always_inline]] void sum_to(float* p, Index stride, bool first) const {
-    each([&](int m, int n, Packet v) __attribute__((always_inline)) {
-      float& to = p[m * stride + n];
-      to = first ? sum(v) : to + sum(v);
+  /// f(m, n, sums): lane i < min(N, width) of `sums` is the sum of c[m][n + i]'s lanes; n = 0, width, ….
+  template <class F>
+  [[gnu::always_inline]] void each_sums(F&& f) const {
+    constexpr int together = N < width ? N : width;
+    unroll<M>([&](auto m) __attribute__((always_inline)) {
+      unroll<N / together>([&](auto group) __attribute__((always_inline)) {
+        Packet p[together];
+        unroll<together>([&](auto i) __attribute__((always_inline)) { p[i] = c[m][group * together + i]; });
+        f(m, group * together, lane_sums(p));
+      });
+    });
+  }
+  /// p[m, n] (+)= factor · the sum of c[m][n]'s lanes, for n < `columns`.
+  template <class T>
+  [[gnu::always_inline]] void sum_to(T* p, Index stride, Index columns, float factor, Into into) const {
+    each_sums([&](int m, int n, Packet sums) __attribute__((always_inline)) {
+      if (n < columns)
+        add_or_set(p + m * stride + n, sums, splat(factor), into,
+                   PartOfPacket{smaller(columns - n, smaller(N, width))});
     });
   }
 };
@@ -118,6 +132,11 @@ struct PacketPanel {
 
 struct NoHint {
   void operator()(Index) const {}
+};
+/// Asks for what lies so many floats behind.
+struct Ahead {
+  Index floats;
+  [[gnu::always_inline]] void operator()(const float* p) const { prefetch(p + floats); }
 };
 
 /// tile += a · panel. `hint(k)` comes before each step: prefetches.

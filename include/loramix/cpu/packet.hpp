@@ -7,7 +7,7 @@
 /// Writes:      p [width] (store), p [n] (store_part); nothing behind them.
 /// Errors:      none.
 /// Cost:        an instruction or a few each.
-/// Determinism: lanes are independent; `sum` adds lanes in one fixed order.
+/// Determinism: lanes are independent; `lane_sums` adds them in one fixed order.
 /// Example:     cpu/kernels.hpp
 #pragma once
 #include <Eigen/Core>
@@ -51,7 +51,28 @@ template <int N, class F>
   namespace packets = Eigen::internal;
   return packets::pdiv(splat(1), add(splat(1), packets::pexp(packets::pnegate(a))));
 }
-[[gnu::always_inline]] inline float sum(Packet a) { return Eigen::internal::predux(a); }
+/// Lane l is v[l] + v[l ^ Distance], of v = a where bit `Distance` of l is clear, of v = b elsewhere.
+template <int Distance, int... Lane>
+[[gnu::always_inline]] inline Packet add_lanes(Packet a, Packet b, std::integer_sequence<int, Lane...>) {
+  return add(__builtin_shufflevector(a, b, (Lane & Distance ? width + (Lane ^ Distance) : Lane)...),
+             __builtin_shufflevector(a, b, (Lane & Distance ? width + Lane : Lane ^ Distance)...));
+}
+/// Lane l is the sum of all lanes of p[l mod N], N a power of two, at most `width`: one order of additions for every N.
+template <int N, int Distance = 1>
+[[gnu::always_inline]] inline Packet lane_sums(const Packet (&p)[N]) {
+  constexpr std::make_integer_sequence<int, width> lanes;
+  if constexpr (Distance == width) {
+    return p[0];
+  } else {
+    constexpr int left = N > 1 ? N / 2 : 1;
+    Packet pairs[left];
+    unroll<left>([&](auto i) __attribute__((always_inline)) {
+      pairs[i] = add_lanes<Distance>(p[N > 1 ? 2 * i : 0], p[N > 1 ? 2 * i + 1 : 0], lanes);
+    });
+    return lane_sums<left, 2 * Distance>(pairs);
+  }
+}
+[[gnu::always_inline]] inline float sum(Packet a) { return Eigen::internal::pfirst(lane_sums({a})); }
 // The packet of some machines carries attributes that do not matter here.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wignored-attributes"
@@ -174,6 +195,11 @@ template <class T>
 template <class T, class Lanes>
 [[gnu::always_inline]] inline void add_or_set(T* to, Packet v, Into into, const Lanes& lanes) {
   lanes.store(to, into == Into::add ? add(lanes.load(to), v) : v);
+}
+/// to (+)= factor · v.
+template <class T, class Lanes>
+[[gnu::always_inline]] inline void add_or_set(T* to, Packet v, Packet factor, Into into, const Lanes& lanes) {
+  lanes.store(to, into == Into::add ? fma(factor, v, lanes.load(to)) : mul(factor, v));
 }
 
 }  // namespace detail

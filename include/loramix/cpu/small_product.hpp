@@ -107,8 +107,7 @@ struct DotsOfRows {
     Tile<M, N> sums;
     sums.clear();
     dot(left.cols, from, WeightRows<R>{right.row(k), right.stride}, sums);
-    sums.each([&](int m, int n, Packet v)
-                  __attribute__((always_inline)) { loramix::detail::put(out(j + m, k + n), sum(v), into); });
+    sums.sum_to(out.row(j) + k, out.stride, N, 1, into);
   }
 };
 

@@ -128,8 +128,9 @@ struct SumPanel {
     const Packet factor = splat(scale);
     for (Index r = 0; r < out.rows; ++r, sums += columns) {
       over_packets(
-          out.cols, [&](Index c, auto lanes)
-                        __attribute__((always_inline)) { put(load(sums + c), factor, into, out.row(r) + c, lanes); });
+          out.cols, [&](Index c, auto lanes) __attribute__((always_inline)) {
+            add_or_set(out.row(r) + c, load(sums + c), factor, into, lanes);
+          });
     }
   }
   template <class G>
@@ -144,7 +145,7 @@ struct SumPanel {
             });
             transpose(block);
             unroll<width>([&](auto j) __attribute__((always_inline)) {
-              if (c + j < out.cols) put(block[j], factor, into, &out(r, c + j), lanes);
+              if (c + j < out.cols) add_or_set(&out(r, c + j), block[j], factor, into, lanes);
             });
           });
     }
@@ -172,12 +173,9 @@ struct SumPanel {
     float* const to = leave.out;
     const Index stride = leave.stride;
     const Into into = leave.into;
-    sum.each([&](int i, int j, Packet v)
-                 __attribute__((always_inline)) { put(v, factor, into, to + i * stride + j * width, WholePacket{}); });
-  }
-  template <class G, class Lanes>
-  [[gnu::always_inline]] static void put(Packet sum, Packet factor, Into into, G* to, const Lanes& lanes) {
-    lanes.store(to, into == Into::add ? fma(factor, sum, lanes.load(to)) : mul(factor, sum));
+    sum.each([&](int i, int j, Packet v) __attribute__((always_inline)) {
+      add_or_set(to + i * stride + j * width, v, factor, into, WholePacket{});
+    });
   }
 };
 
@@ -220,8 +218,10 @@ struct TokenSum {
   }
   Index sweep() const { return sweep_of(tuning, ranks(), out.cols, x.direct_under_bits()); }
 
-  /// Ranks [r0, r0 + ranks) × columns [c0, c0 + columns), at most one job's.
-  void run(Index r0, Index ranks, Index c0, Index columns, float* scratch) const;
+  /// Ranks [r0, r0 + ranks) × columns [c0, c0 + columns), at most one job's. `before(t, n)` is called when tokens
+  /// [t, t + n) come, and reads the same columns of their rows.
+  template <class Before = NoHint>
+  void run(Index r0, Index ranks, Index c0, Index columns, float* scratch, const Before& before = {}) const;
 
  private:
   float factor() const { return factor_of(x.dropout, scale); }
@@ -261,7 +261,10 @@ struct TokenSum {
 };
 
 template <class X, class G, Major M>
-void TokenSum<X, G, M>::run(Index r0, Index ranks, Index c0, Index columns, float* scratch) const {
+template <class Before>
+void TokenSum<X, G, M>::run(Index r0, Index ranks, Index c0, Index columns, float* scratch,
+                            const Before& before) const {
+  constexpr bool in_cache = !std::is_same_v<Before, NoHint>;  // what `before` has read
   const Index tokens = left.rows, step = tokens_of(tuning, ranks), of_panel = round_up(ranks, rows) * panel;
   // A tile that lacks one rank is a wide one, with zeros: narrow ones would read x several times. Where sums stay, that is.
   const Index padded = ranks % rows == rows - 1 && tokens > step ? round_up(ranks, rows) : ranks;
@@ -276,6 +279,7 @@ void TokenSum<X, G, M>::run(Index r0, Index ranks, Index c0, Index columns, floa
   const Index pitch_of_bits = keep_bytes(columns);
   for (Index t = 0; t == 0 || t < tokens; t += step) {
     const Index n = smaller(step, tokens - t);
+    if constexpr (in_cache) before(t, n);
     for (Index r = 0; r < ranks; r += rows) gather(t, n, r0 + r, smaller(rows, ranks - r), lefts + r * n);
     SumPanel::copy(
         x, [t](Index i) { return t + i; }, n, c0 + copied, columns - copied, block, row);
@@ -292,12 +296,16 @@ void TokenSum<X, G, M>::run(Index r0, Index ranks, Index c0, Index columns, floa
     const auto finish_at = [&](Index c, Index wide) {
       if (last && !leaves(wide)) finish(r0, ranks, c0 + c, wide, sums + c / panel * of_panel);
     };
-    // What is read in place is asked for two panels ahead, what is copied a step ahead.
+    const auto next_step = [&](Index c) {
+      return t + n < tokens ? ComingPanel{x.rows.row(t + n) + c0 + c, x.rows.stride, panel} : ComingPanel{};
+    };
+    // What is read in place is asked for two panels ahead, what is copied or in a cache a step ahead.
     if constexpr (std::is_same_v<X, float>) {
       const auto add_up = [&](const auto& from) {
         each_gradient(0, panel, [&](Index begin, Index end, const GradientTile& leave) {
           SumPanel::add_panels(copied / panel, end - begin, t == 0, n, lefts + begin * n, n, from, sums + begin * panel,
-                               of_panel, {from.p + 2 * panel, from.step, panel}, leave);
+                               of_panel, in_cache ? next_step(0) : ComingPanel{from.p + 2 * panel, from.step, panel},
+                               leave);
         });
       };
       if (copied != 0 && n != 0) {
@@ -311,8 +319,7 @@ void TokenSum<X, G, M>::run(Index r0, Index ranks, Index c0, Index columns, floa
     }
     for (Index c = n == 0 ? 0 : copied; c < columns; c += panel) {
       const Index wide = smaller(panel, columns - c);
-      ComingPanel coming;
-      if (copied == 0 && t + n < tokens) coming = {x.rows.row(t + n) + c0 + c, x.rows.stride, panel};
+      const ComingPanel coming = copied == 0 ? next_step(c) : ComingPanel{};
       each_gradient(c, wide, [&](Index begin, Index end, const GradientTile& leave) {
         SumPanel::add_ranks(end - begin, t == 0, n, lefts + begin * n, n, Panel<float>{block + (c - copied) * n, panel},
                             sums + c / panel * of_panel + begin * panel, begin == 0 ? coming : ComingPanel{}, leave);
