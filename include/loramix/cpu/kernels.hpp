@@ -12,6 +12,7 @@
 /// Example:     cpu/contract.hpp, cpu/spread.hpp
 #pragma once
 #include <loramix/cpu/packet.hpp>
+#include <loramix/cpu/tuning.hpp>
 
 namespace loramix {
 inline namespace LORAMIX_ABI {
