@@ -4,7 +4,8 @@
 /// Reads:       x [T, d], W [R, d], left [T, R].
 /// Writes:      dots, by pieces of the columns: parts [pieces · T, R]. Adds to: out [R, d], or assigns.
 /// Errors:      none: ops/expand.hpp checks.
-/// Cost:        one pass over x: some tokens' rows go by dot products and then, from L2, into the sums.
+/// Cost:        one pass over x: some tokens' rows go by dot products and then, from L2, into the sums. The dot products alone
+///              (run_dots) are a pass, too.
 /// Determinism: pieces depend on shapes and Tuning, on threads only whether one job makes both products of a piece.
 /// Example:     ops/expand.hpp
 #pragma once
