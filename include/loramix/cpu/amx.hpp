@@ -160,9 +160,9 @@ inline void pack_tiles(MatrixView<const bfloat16> w, Index r, Index k, bfloat16*
     const bfloat16* const rows = from + tile * 16 * stride;
     if constexpr (width == 16) {  // a pair of columns is as wide as a float
       Packet pairs[width];
-      unroll<width>([&](auto i) { std::memcpy(&pairs[i], rows + i * stride, sizeof(Packet)); });
+      unroll<width>([&](int i) { std::memcpy(&pairs[i], rows + i * stride, sizeof(Packet)); });
       transpose(pairs);
-      unroll<width>([&](auto j) { std::memcpy(static_cast<void*>(to + j * 32), &pairs[j], sizeof(Packet)); });
+      unroll<width>([&](int j) { std::memcpy(static_cast<void*>(to + j * 32), &pairs[j], sizeof(Packet)); });
     } else {
       for (Index i = 0; i < 16; ++i) {
         for (Index j = 0; j < 16; ++j)

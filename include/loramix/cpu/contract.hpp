@@ -59,20 +59,46 @@ template <int T, int N, class X, class Ask>
     dot(
         n, from, w, c, [&](Index k) __attribute__((always_inline)) {
           if constexpr (!std::is_same_v<Ask, NoHint>)
-            unroll<T>([&](auto m) __attribute__((always_inline)) { ask(from.p[m] + k); });
+            unroll<T>([&](int m) __attribute__((always_inline)) { ask(from.p[m] + k); });
         });
     c.sum_to(sums, of_sums, N, factor, into);
   }
+}
+/// Runs f<M>(t, count of steps of M tokens) over n tokens that meet a copy of the weights in L1, which costs one token as little
+/// as each of two: where the widest tile has three, there is none of two.
+template <class F>
+[[gnu::always_inline]] inline void in_runs_of_copy(Index n, F&& f) {
+  in_runs<RegisterTile::dot_rows>(n, [&](auto m, Index t, Index count) {
+    constexpr int tokens = m == 2 && RegisterTile::dot_rows > 2 ? 1 : m;
+    f(std::integral_constant<int, tokens>{}, t, count * m / tokens);
+  });
 }
 /// sums [T, w.rows] (+)= factor · x wᵀ, for at most a tile's ranks.
 template <class X, class Ask>
 void dot_all(const MatrixView<const X>& x, const WovenRows& w, float factor, Into into, float* sums, Index of_sums,
              const Ask& ask) {
-  in_runs<RegisterTile::dot_rows>(x.rows, [&](auto m, Index t, Index count) {
+  in_runs_of_copy(x.rows, [&](auto m, Index t, Index count) {
     in_steps<RegisterTile::dot_columns>(w.rows, [&](auto ranks, Index) {
       dot_tiles<m, ranks>(count, x.cols, x.row(t), x.stride, w, factor, into, sums + t * of_sums, of_sums, ask);
     });
   });
+}
+
+/// sums [T, N packets] (+)= rows · panel over n columns, assigned if they are the first; two lines of what comes next are asked
+/// for at every `Every`-th. Of no scalar but float: all contractions share it.
+template <int T, int N, int Every, class Rows, class P>
+[[gnu::flatten, gnu::noinline]] void contraction_tile(Index n, const Rows rows, const P panel, float* sums,
+                                                      Index stride, bool first, RowWalk& next) {
+  Tile<T, N> c;
+  if (first)
+    c.clear();
+  else
+    c.load_from(sums, stride);
+  RowWalk walk = next;
+  outer(
+      n, rows, panel, c, [&](Index k) __attribute__((always_inline)) { walk.template step<Every>(k); });
+  next = walk;
+  c.store_to(sums, stride);
 }
 
 /// A contraction on packed weights: sweeps of columns, whose panels stay in L2 while the tokens go by.
@@ -175,8 +201,9 @@ struct PanelContraction {
       RowWalk next = behind(t, g, k, k + c + columns);
       for_panels(packed, [&](auto packets, Index begin) {
         const auto run = [&](auto m, Index i) {
-          tile<m, packets>(columns, rows + i * stride, stride, panels + begin * n + c * packets * width,
-                           sums + i * padded + begin, padded, k + c == 0, next);
+          contraction_tile<m, packets, 2>(columns, Rows3<m>(rows + i * stride, stride),
+                                          Panel<float>{panels + begin * n + c * packets * width, packets * width},
+                                          sums + i * padded + begin, padded, k + c == 0, next);
         };
         constexpr int most = RegisterTile::rows_of(packets);
         if (padded > narrow)
@@ -203,21 +230,6 @@ struct PanelContraction {
     const Index end = smaller(k + sweep, w.columns());
     if (c >= end) t += g, c = k;
     return {x.rows.row(t) + c, x.rows.stride, smaller(g, x.rows.rows - t), smaller(converted, end - c)};
-  }
-  template <int T, int N>
-  [[gnu::flatten, gnu::noinline]] static void tile(Index n, const float* rows, Index stride, const float* panel,
-                                                   float* sums, Index padded, bool first, RowWalk& next) {
-    Tile<T, N> c;
-    if (first)
-      c.clear();
-    else
-      c.load_from(sums, padded);
-    RowWalk walk = next;
-    outer(
-        n, Rows3<T>(rows, stride), Panel<float>{panel, N * width},
-        c, [&](Index i) __attribute__((always_inline)) { walk.template step<2>(i); });
-    next = walk;
-    c.store_to(sums, padded);
   }
 };
 
@@ -303,43 +315,51 @@ struct DotContraction {
     else
       c.load_from(sums, N * width);
     const auto multiply = [&](const auto& from) __attribute__((always_inline)) {
+      if constexpr (!Weights::woven) return dot(length, from, weights, c);
       RowWalk walk = next;
       if (x.rows.rows > some_tokens)  // rows of x are what comes from far; of few, weights
         dot(
             length, from, weights, c,
             [&, ahead = tile_tokens * x.rows.stride ](Index i) __attribute__((always_inline)) {
-              unroll<M>([&](auto m) __attribute__((always_inline)) { prefetch(from.p[m] + i + ahead); });
+              unroll<M>([&](int m) __attribute__((always_inline)) { prefetch(from.p[m] + i + ahead); });
             });
       else
         dot(
             length, from, weights, c, [&](Index i) __attribute__((always_inline)) { walk.template step<width>(i); });
       next = walk;
     };
-    if (!x.dropout.on()) {
-      DotRows<X, M> from;
-      for (int m = 0; m < M; ++m) from.p[m] = x.rows.row(t + m) + k;
-      multiply(from);
-    } else if constexpr (std::is_same_v<X, float> && keeps_while_loading) {
-      KeptRows<M> from;
-      std::uint8_t* bits = reinterpret_cast<std::uint8_t*>(block);
-      for (int m = 0; m < M; ++m, bits += keep_bytes(length)) {
-        keep_bits(x.dropout, t + m, k, length, bits);
-        from.p[m] = x.rows.row(t + m) + k;
-        from.bits[m] = bits;
-      }
-      multiply(from);
-    } else {
-      DotRows<float, M> from;
-      for (int m = 0; m < M; ++m) {
-        x.convert(t + m, k, length, block + m * pitch(length));
-        from.p[m] = block + m * pitch(length);
-      }
-      multiply(from);
-    }
+    with_rows<M, Weights::woven>(t, k, length, block, multiply);
     if (k + sweep < w.cols)
       c.store_to(sums, N * width);
     else
       c.sum_to(out.row(t) + r, out.stride, out.cols - r, factor_of(x.dropout, scale), Into::set);
+  }
+  /// f(rows): M rows of x from t on, columns [k, k + length), for `dot`: as they lie, under the bits of dropout, or converted in
+  /// `block`. Every way to read them is compiled into every tile, so few tokens have one less.
+  template <int M, bool ManyTokens, class F>
+  [[gnu::always_inline]] void with_rows(Index t, Index k, Index length, float* block, F&& f) const {
+    if constexpr (!std::is_same_v<X, float>) {
+      if (!x.dropout.on()) {
+        DotRows<X, M> from;
+        for (int m = 0; m < M; ++m) from.p[m] = x.rows.row(t + m) + k;
+        return f(from);
+      }
+    } else if constexpr (keeps_while_loading && ManyTokens) {
+      if (x.dropout.on()) {
+        KeptRows<M> from;
+        std::uint8_t* bits = reinterpret_cast<std::uint8_t*>(block);
+        for (int m = 0; m < M; ++m, bits += keep_bytes(length)) {
+          keep_bits(x.dropout, t + m, k, length, bits);
+          from.p[m] = x.rows.row(t + m) + k;
+          from.bits[m] = bits;
+        }
+        return f(from);
+      }
+    }
+    DotRows<float, M> from;
+    unroll<M>([&](int m)
+                  __attribute__((always_inline)) { from.p[m] = x.row(t + m, k, length, block + m * pitch(length)); });
+    f(from);
   }
 };
 
@@ -353,10 +373,14 @@ void DotContraction<X, W>::run(Index t0, Index n, Index r, Index ranks, float* s
     RowWalk next{};
     const auto multiply = [&](const auto& weights, Index of) {
       in_steps<tile_ranks>(of, [&](auto c, Index j) {
-        in_runs<tile_tokens>(n, [&](auto m, Index t, Index count) {
+        const auto run = [&](auto m, Index t, Index count) {
           tiles<m, c>(count, t0 + t, k, length, r + j, weights.from(j), scratch + (t * tile_ranks + j * m) * width,
                       block, next);
-        });
+        };
+        if constexpr (std::is_same_v<decltype(weights), const WovenRows&>)
+          in_runs_of_copy(n, run);
+        else
+          in_runs<tile_tokens>(n, run);
       });
     };
     if (n < least_of_copy) {

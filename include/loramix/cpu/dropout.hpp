@@ -71,13 +71,13 @@ template <int Runs>
   Bits64 even_blocks;
   for (int i = 0; i < width / 2; ++i) even_blocks[i] = static_cast<unsigned>(2 * i);
   PhiloxLanes lanes[2 * Runs];  // of a run's even blocks, of its odd ones, of the next run's
-  unroll<2 * Runs>([&](auto i) {
+  unroll<2 * Runs>([&](int i) {
     lanes[i] = {even_blocks + (block + static_cast<std::uint64_t>(i / 2 * width + i % 2)),
                 static_cast<std::uint32_t>(Purpose::dropout), token};
   });
   std::uint32_t k0 = static_cast<std::uint32_t>(dropout.key), k1 = static_cast<std::uint32_t>(dropout.key >> 32);
-  unroll<10>([&](auto) {
-    unroll<2 * Runs>([&](auto i) { lanes[i].round(k0, k1); });
+  unroll<10>([&](int) {
+    unroll<2 * Runs>([&](int i) { lanes[i].round(k0, k1); });
     k0 += 0x9e3779b9u;
     k1 += 0xbb67ae85u;
   });
@@ -87,7 +87,7 @@ template <int Runs>
   const auto halves = [threshold](Bits32 w, std::uint32_t bits_of_word) {
     return (Bits32)((Halves)w >= threshold) & bits_of_word;
   };
-  unroll<Runs>([&](auto run) {
+  unroll<Runs>([&](int run) {
     const PhiloxLanes &even = lanes[2 * run], &odd = lanes[2 * run + 1];
     const Bits32 kept = halves(even.with<0>(odd), 0x00020001u) | halves(even.with<1>(odd), 0x00080004u) |
                         halves(even.with<2>(odd), 0x00200010u) | halves(even.with<3>(odd), 0x00800040u);
@@ -126,7 +126,7 @@ inline constexpr bool keeps_while_loading = loramix::detail::has_mask_registers 
     return loramix::detail::keep_lanes_by_mask(v, static_cast<unsigned short>(word));
   }
   Bits32 lane;
-  unroll<width>([&](auto i) { lane[int{i}] = 1u << i; });
+  unroll<width>([&](int i) { lane[int{i}] = 1u << i; });
   const Bits32 kept = (Bits32)(((Bits32{} + (word >> c % 8)) & lane) != 0u);
   return from_bits(to_bits(v) & kept);
 }

@@ -171,7 +171,8 @@ struct GroupedContraction {
           const RowList<m> rows([&](int r) __attribute__((always_inline)) {
             return part.rows.p + part.entries[j + r].token * part.rows.stride;
           });
-          tile<m, N>(part.n, rows, panel, part.sums + j * pitch_of_sums + begin, pitch_of_sums, part.k == 0, next);
+          contraction_tile<m, N, 8>(part.n, rows, panel, part.sums + j * pitch_of_sums + begin, pitch_of_sums,
+                                    part.k == 0, next);
         },
         i);
   }
@@ -183,9 +184,9 @@ struct GroupedContraction {
       const PacketPanel panel{panels + begin * part.n, part.n * width};
       Index i = 0;
       for (; neighbours && i + most <= part.count; i += most) {
-        tile<most, packets>(part.n,
-                            Rows3<most>(part.rows.p + part.entries[i].token * part.rows.stride, part.rows.stride),
-                            panel, part.sums + i * pitch_of_sums + begin, pitch_of_sums, part.k == 0, next);
+        contraction_tile<most, packets, 8>(
+            part.n, Rows3<most>(part.rows.p + part.entries[i].token * part.rows.stride, part.rows.stride), panel,
+            part.sums + i * pitch_of_sums + begin, pitch_of_sums, part.k == 0, next);
       }
       tiles<listed_rows(packets), packets>(part, panel, begin, i, next);
     });
@@ -197,20 +198,6 @@ struct GroupedContraction {
     selection->each_run(g, [&](const Selection::Run& run) { from[n++] = panel_of(run, panels, part.n); });
     if (n == 2) return tiles<listed_rows(2), 2>(part, {from[0], from[1] - from[0]}, 0, 0, next);
     tiles<listed_rows(1), 1>(part, {from[0], 0}, 0, 0, next);
-  }
-  template <int T, int N, class Rows>
-  [[gnu::flatten, gnu::noinline]] static void tile(Index n, const Rows rows, const PacketPanel panel, float* sums,
-                                                   Index sums_stride, bool first, RowWalk& next) {
-    Tile<T, N> c;
-    if (first)
-      c.clear();
-    else
-      c.load_from(sums, sums_stride);
-    RowWalk walk = next;
-    outer(
-        n, rows, panel, c, [&](Index k) __attribute__((always_inline)) { walk.template step<8>(k); });
-    next = walk;
-    c.store_to(sums, sums_stride);
   }
   /// The same by dot products on the weights as they lie: columns [k, k + n).
   void dot_chunk(Index c, Index k, Index n, const float* block, float* sums, RowWalk& next) const {
@@ -239,7 +226,7 @@ struct GroupedContraction {
       for (Index c = 0; c < n; c += step) {
         DotRows<float, T> from;
         for (int m = 0; m < T; ++m) from.p[m] = rows + entries[m].token * stride + c;
-        unroll<T * 2>([&](auto) __attribute__((always_inline)) { walk.template step<1>(0); });
+        unroll<T * 2>([&](int) __attribute__((always_inline)) { walk.template step<1>(0); });
         dot(smaller(step, n - c), from, WeightRows<W>{w.row(r) + k + c, w.stride}, tile);
       }
       next = walk;
@@ -399,9 +386,9 @@ struct GroupedSpread {
       return;
     }
     const auto each = [&](const auto& f) __attribute__((always_inline)) {
-      unroll<T>([&](auto m) __attribute__((always_inline)) {
+      unroll<T>([&](int m) __attribute__((always_inline)) {
         Y* const out = all.y.row(token_of(m)) + c;
-        unroll<N>([&](auto n) __attribute__((always_inline)) { f(out + n * width, sum.c[m][n]); });
+        unroll<N>([&](int n) __attribute__((always_inline)) { f(out + n * width, sum.c[m][n]); });
       });
     };
     if (all.into == Into::add)
@@ -461,7 +448,7 @@ struct GroupedSpread {
     for (; columns > 0; columns -= panel, c += panel, keep += panel / 8, weights = weights.at(1)) {
       Tile<T, N> sum;
       sum.clear();
-      if (ask) unroll<T>([&](auto m) __attribute__((always_inline)) { all.template ask_for_y<N>(token(m), c); });
+      if (ask) unroll<T>([&](int m) __attribute__((always_inline)) { all.template ask_for_y<N>(token(m), c); });
       add_product(sum, all.first, ranks.first, weights.first, weights.first_step);
       if (ranks.second.count != 0) add_product(sum, all.first, ranks.second, weights.first, weights.first_step);
       if constexpr (!Scaled) {
@@ -534,7 +521,7 @@ struct GroupedSpread {
         return all.first.left.row(band.token(entries[m])) + r;
       });
       float* sums[T];
-      unroll<T>([&](auto m) __attribute__((always_inline)) {
+      unroll<T>([&](int m) __attribute__((always_inline)) {
         sums[m] = band.partial + entries[m].token * band.pitch + column;
       });
       Tile<T, packets> sum;

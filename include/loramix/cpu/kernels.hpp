@@ -37,14 +37,14 @@ struct Tile {
   // Values go in and out of f, never their addresses: a tile whose address is taken leaves the registers.
   template <class F>
   [[gnu::always_inline]] void each(F&& f) const {
-    unroll<M>([&](auto m) __attribute__((always_inline)) {
-      unroll<N>([&](auto n) __attribute__((always_inline)) { f(m, n, c[m][n]); });
+    unroll<M>([&](int m) __attribute__((always_inline)) {
+      unroll<N>([&](int n) __attribute__((always_inline)) { f(m, n, c[m][n]); });
     });
   }
   template <class F>
   [[gnu::always_inline]] void set(F&& f) {
-    unroll<M>([&](auto m) __attribute__((always_inline)) {
-      unroll<N>([&](auto n) __attribute__((always_inline)) { c[m][n] = f(m, n, c[m][n]); });
+    unroll<M>([&](int m) __attribute__((always_inline)) {
+      unroll<N>([&](int n) __attribute__((always_inline)) { c[m][n] = f(m, n, c[m][n]); });
     });
   }
   [[gnu::always_inline]] void clear() {
@@ -60,10 +60,10 @@ struct Tile {
   template <class F>
   [[gnu::always_inline]] void each_sums(F&& f) const {
     constexpr int together = N < width ? N : width;
-    unroll<M>([&](auto m) __attribute__((always_inline)) {
-      unroll<N / together>([&](auto group) __attribute__((always_inline)) {
+    unroll<M>([&](int m) __attribute__((always_inline)) {
+      unroll<N / together>([&](int group) __attribute__((always_inline)) {
         Packet p[together];
-        unroll<together>([&](auto i) __attribute__((always_inline)) { p[i] = c[m][group * together + i]; });
+        unroll<together>([&](int i) __attribute__((always_inline)) { p[i] = c[m][group * together + i]; });
         f(m, group * together, lane_sums(p));
       });
     });
@@ -85,12 +85,9 @@ struct Rows3 {
   const float* p[(M + 2) / 3];
   Index stride;
   [[gnu::always_inline]] Rows3(const float* base, Index stride_) : stride(stride_) {
-    unroll<(M + 2) / 3>([&](auto g) __attribute__((always_inline)) { p[g] = base + 3 * g * stride; });
+    unroll<(M + 2) / 3>([&](int g) __attribute__((always_inline)) { p[g] = base + 3 * g * stride; });
   }
-  template <int m>
-  [[gnu::always_inline]] float at(Index k) const {
-    return p[m / 3][(m % 3) * stride + k];
-  }
+  [[gnu::always_inline]] float at(int m, Index k) const { return p[m / 3][(m % 3) * stride + k]; }
 };
 /// a(m, k) = row[m][k].
 template <int M>
@@ -99,21 +96,15 @@ struct RowList {
   /// f(m): the address of row m.
   template <class F>
   [[gnu::always_inline]] explicit RowList(const F& f) {
-    unroll<M>([&](auto m) __attribute__((always_inline)) { p[m] = f(m); });
+    unroll<M>([&](int m) __attribute__((always_inline)) { p[m] = f(m); });
   }
-  template <int m>
-  [[gnu::always_inline]] float at(Index k) const {
-    return p[m][k];
-  }
+  [[gnu::always_inline]] float at(int m, Index k) const { return p[m][k]; }
 };
 /// a(m, k) = base[k · stride + m].
 struct Columns {
   const float* p;
   Index stride;
-  template <int m>
-  [[gnu::always_inline]] float at(Index k) const {
-    return p[k * stride + m];
-  }
+  [[gnu::always_inline]] float at(int m, Index k) const { return p[k * stride + m]; }
 };
 
 /// Packet n of row k of a panel: rows `step` apart, packets side by side.
@@ -147,10 +138,10 @@ template <int M, int N, class A, class B, class Hint = NoHint>
   for (Index k = 0; k < depth; ++k) {
     hint(k);
     Packet b[N];
-    unroll<N>([&](auto n) __attribute__((always_inline)) { b[n] = panel.packet(k, n); });
-    unroll<M>([&](auto m) __attribute__((always_inline)) {
-      const Packet v = splat(a.template at<m>(k));
-      unroll<N>([&](auto n) __attribute__((always_inline)) { tile.c[m][n] = fma(v, b[n], tile.c[m][n]); });
+    unroll<N>([&](int n) __attribute__((always_inline)) { b[n] = panel.packet(k, n); });
+    unroll<M>([&](int m) __attribute__((always_inline)) {
+      const Packet v = splat(a.at(m, k));
+      unroll<N>([&](int n) __attribute__((always_inline)) { tile.c[m][n] = fma(v, b[n], tile.c[m][n]); });
     });
   }
 }
@@ -168,6 +159,7 @@ struct DotRows {
 /// Packet k / width of row n of w as it lies, for `dot`.
 template <class W>
 struct WeightRows {
+  static constexpr bool woven = false;
   const W* p;
   Index stride;
   template <class Lanes>
@@ -178,6 +170,7 @@ struct WeightRows {
 };
 /// The same of `rows` rows, packet beside packet: one stream in memory. Zeros behind the last column.
 struct WovenRows {
+  static constexpr bool woven = true;
   const float* p;
   Index rows;
   template <class Lanes>
@@ -192,23 +185,23 @@ struct WovenRows {
 template <int M, int N, class Rows, class Weights, class Hint = NoHint>
 [[gnu::always_inline]] inline void dot(Index depth, const Rows& x, const Weights& w, Tile<M, N>& tile,
                                        Hint&& hint = {}) {
-  // U packets of a row of w together where one of x meets it: a line of one row at a time leaves L2 waiting.
+  // U packets of a row of w together where one row of x meets it as it lies: a line of one row at a time leaves L2 waiting.
   const auto step = [&](auto packets, Index k, const auto& lanes) __attribute__((always_inline)) {
     constexpr int U = packets;
     Packet a[M][U];
-    unroll<U>([&](auto u) __attribute__((always_inline)) {
+    unroll<U>([&](int u) __attribute__((always_inline)) {
       hint(k + u * width);
-      unroll<M>([&](auto m) __attribute__((always_inline)) { a[m][u] = x.packet(m, k + u * width, lanes); });
+      unroll<M>([&](int m) __attribute__((always_inline)) { a[m][u] = x.packet(m, k + u * width, lanes); });
     });
-    unroll<N>([&](auto n) __attribute__((always_inline)) {
-      unroll<U>([&](auto u) __attribute__((always_inline)) {
+    unroll<N>([&](int n) __attribute__((always_inline)) {
+      unroll<U>([&](int u) __attribute__((always_inline)) {
         Packet b = w.packet(n, k + u * width, lanes);
         if constexpr (M > 1) loramix::detail::keep_in_register(b);
-        unroll<M>([&](auto m) __attribute__((always_inline)) { tile.c[m][n] = fma(a[m][u], b, tile.c[m][n]); });
+        unroll<M>([&](int m) __attribute__((always_inline)) { tile.c[m][n] = fma(a[m][u], b, tile.c[m][n]); });
       });
     });
   };
-  constexpr int together = M == 1 ? 4 : 1;
+  constexpr int together = M == 1 && !Weights::woven ? 4 : 1;
   Index k = 0;
   for (; k + together * width <= depth; k += together * width)
     step(std::integral_constant<int, together>{}, k, WholePacket{});

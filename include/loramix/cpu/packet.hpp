@@ -66,7 +66,7 @@ template <int N, int Distance = 1>
   } else {
     constexpr int left = N > 1 ? N / 2 : 1;
     Packet pairs[left];
-    unroll<left>([&](auto i) __attribute__((always_inline)) {
+    unroll<left>([&](int i) __attribute__((always_inline)) {
       pairs[i] = add_lanes<Distance>(p[N > 1 ? 2 * i : 0], p[N > 1 ? 2 * i + 1 : 0], lanes);
     });
     return lane_sums<left, 2 * Distance>(pairs);
@@ -79,9 +79,9 @@ template <int N, int Distance = 1>
 /// Rows become columns.
 [[gnu::always_inline]] inline void transpose(Packet (&rows)[width]) {
   Eigen::internal::PacketBlock<Packet, width> block;
-  unroll<width>([&](auto i) __attribute__((always_inline)) { block.packet[i] = rows[i]; });
+  unroll<width>([&](int i) __attribute__((always_inline)) { block.packet[i] = rows[i]; });
   Eigen::internal::ptranspose(block);
-  unroll<width>([&](auto i) __attribute__((always_inline)) { rows[i] = block.packet[i]; });
+  unroll<width>([&](int i) __attribute__((always_inline)) { rows[i] = block.packet[i]; });
 }
 /// Whether the machine can load and store some lanes of floats only.
 inline constexpr bool has_masks = Eigen::internal::unpacket_traits<Packet>::masked_load_available != 0 &&

@@ -42,12 +42,12 @@ void pack_packet(MatrixView<const W> w, Index r, Index k0, Index n, float* to, I
   for (; k + width <= n; k += width) {
     const W* const from = w.row(r) + k0 + k;
     Packet block[width];
-    unroll<width>([&](auto j) __attribute__((always_inline)) {
+    unroll<width>([&](int j) __attribute__((always_inline)) {
       block[j] = j < ranks ? load(from + j * w.stride) : splat(0);
       if (j < ranks) prefetch(from + j * w.stride + 8 * width);
     });
     transpose(block);
-    unroll<width>([&](auto j) __attribute__((always_inline)) { store(to + (k + j) * step, block[j]); });
+    unroll<width>([&](int j) __attribute__((always_inline)) { store(to + (k + j) * step, block[j]); });
   }
   for (; k < n; ++k) {  // the last columns
     for (Index j = 0; j < width; ++j) to[k * step + j] = j < ranks ? widen<float>(w(r + j, k0 + k)) : 0.f;
@@ -120,7 +120,7 @@ void copy_panels(MatrixView<const W> w, Index c0, Index columns, float* to, Inde
     Index c = 0;
     for (; c + column_panel <= columns; c += column_panel) {
       float* const line = to + c / column_panel * step;
-      unroll<RegisterTile::wide>([&](auto j) __attribute__((always_inline)) {
+      unroll<RegisterTile::wide>([&](int j) __attribute__((always_inline)) {
         store(line + j * width, mul(factor, load(from + c + j * width)));
       });
     }
@@ -138,9 +138,9 @@ void copy_panels(MatrixView<const W, Space::host, Major::column> w, Index c0, In
     Index r = 0;
     for (; c + width <= columns && r + width <= w.rows; r += width) {
       Packet block[width];
-      unroll<width>([&](auto j) __attribute__((always_inline)) { block[j] = load(&w(r, c0 + c + j)); });
+      unroll<width>([&](int j) __attribute__((always_inline)) { block[j] = load(&w(r, c0 + c + j)); });
       transpose(block);
-      unroll<width>([&](auto i) __attribute__((always_inline)) {
+      unroll<width>([&](int i) __attribute__((always_inline)) {
         store(line + (r + i) * column_panel, mul(factor, block[i]));
       });
     }

@@ -27,10 +27,7 @@ template <class W, Major M>
 struct RowsOf {
   MatrixView<const W, Space::host, M> w;
   Index j;
-  template <int m>
-  [[gnu::always_inline]] float at(Index k) const {
-    return widen<float>(w(j + m, k));
-  }
+  [[gnu::always_inline]] float at(int m, Index k) const { return widen<float>(w(j + m, k)); }
 };
 
 /// out (+)= left right: few rows of many columns.
@@ -71,12 +68,12 @@ struct FewRows {
   [[gnu::flatten, gnu::noinline]] void packet(Index j, Index c, const Lanes& lanes) const {
     const RowsOf<L, M> a{left, j};
     Packet sum[T];
-    unroll<T>([&](auto m) __attribute__((always_inline)) { sum[m] = splat(0); });
+    unroll<T>([&](int m) __attribute__((always_inline)) { sum[m] = splat(0); });
     for (Index k = 0; k < right.rows; ++k) {
       const Packet b = lanes.load(right.row(k) + c);
-      unroll<T>([&](auto m) __attribute__((always_inline)) { sum[m] = fma(splat(a.template at<m>(k)), b, sum[m]); });
+      unroll<T>([&](int m) __attribute__((always_inline)) { sum[m] = fma(splat(a.at(m, k)), b, sum[m]); });
     }
-    unroll<T>([&](auto m) __attribute__((always_inline)) { add_or_set(out.row(j + m) + c, sum[m], into, lanes); });
+    unroll<T>([&](int m) __attribute__((always_inline)) { add_or_set(out.row(j + m) + c, sum[m], into, lanes); });
   }
 };
 
@@ -154,10 +151,10 @@ struct NormsOfRows {
     sum.clear();
     outer(op.A.rows, RowsOf<float, Major::row>{op.gram, k}, b, sum);
     Packet total[N];
-    unroll<N>([&](auto n) __attribute__((always_inline)) { total[n] = load(square + n * width); });
+    unroll<N>([&](int n) __attribute__((always_inline)) { total[n] = load(square + n * width); });
     sum.each([&](int m, int n, Packet v)
                  __attribute__((always_inline)) { total[n] = fma(v, b.packet(k + m, n), total[n]); });
-    unroll<N>([&](auto n) __attribute__((always_inline)) { store(square + n * width, total[n]); });
+    unroll<N>([&](int n) __attribute__((always_inline)) { store(square + n * width, total[n]); });
   }
 };
 

@@ -87,7 +87,7 @@ struct Spread {
   template <int N>
   [[gnu::always_inline]] void ask_for_y(Index t, Index c) const {
     const Y* const later = y.row(t) + c + 4 * panel;
-    unroll<N>([&](auto j) __attribute__((always_inline)) { prefetch(later + j * width); });
+    unroll<N>([&](int j) __attribute__((always_inline)) { prefetch(later + j * width); });
   }
 
  private:
@@ -111,10 +111,10 @@ struct Spread {
     for (; columns > 0; columns -= panel, c += panel, keep += panel / 8, weights = weights.at(1)) {
       Tile<T, N> sum;
       sum.clear();
-      if (waits) unroll<T>([&](auto i) __attribute__((always_inline)) { ask_for_y<N>(t + i, c); });
+      if (waits) unroll<T>([&](int i) __attribute__((always_inline)) { ask_for_y<N>(t + i, c); });
       const auto ask = [&](Index r) __attribute__((always_inline)) {
         if constexpr (Ask)
-          unroll<N>([&](auto j) __attribute__((always_inline)) {
+          unroll<N>([&](int j) __attribute__((always_inline)) {
             prefetch(weights.first + r * weights.first_step + ahead + j * width);
           });
       };
@@ -149,8 +149,8 @@ struct Spread {
     constexpr Index pitch = stream_values / T;
     const Packet factor = splat(scale);
     Packet left[T][N];
-    unroll<T>([&](auto i) __attribute__((always_inline)) {
-      unroll<N>([&](auto j) __attribute__((always_inline)) { left[i][j] = splat(first.left(t + i, r + j)); });
+    unroll<T>([&](int i) __attribute__((always_inline)) {
+      unroll<N>([&](int j) __attribute__((always_inline)) { left[i][j] = splat(first.left(t + i, r + j)); });
     });
     const W* const from = &w(r, c);
     // U packets of a row together: a line of one row at a time leaves L2 waiting.
@@ -160,15 +160,15 @@ struct Spread {
       sum.set([&](int i, int u, Packet) __attribute__((always_inline)) {
         return begins ? splat(0) : load(sums + i * pitch + k + u * width);
       });
-      unroll<N>([&](auto j) __attribute__((always_inline)) {
+      unroll<N>([&](int j) __attribute__((always_inline)) {
         Packet b[U];
-        unroll<U>([&](auto u)
+        unroll<U>([&](int u)
                       __attribute__((always_inline)) { b[u] = lanes.load(from + j * w.stride + k + u * width); });
         sum.set([&](int i, int u, Packet v) __attribute__((always_inline)) { return fma(left[i][j], b[u], v); });
       });
-      unroll<T>([&](auto i) __attribute__((always_inline)) {
+      unroll<T>([&](int i) __attribute__((always_inline)) {
         if (ends && idle != nullptr && idle[t + i] != 0) return;
-        unroll<U>([&](auto u) __attribute__((always_inline)) {
+        unroll<U>([&](int u) __attribute__((always_inline)) {
           const Index at = k + u * width;
           if (!ends) return store(sums + i * pitch + at, sum.c[i][u]);
           // Added with a rounding of its own, as a panel is.
@@ -191,9 +191,9 @@ struct Spread {
     const Index stride = y.stride;
     const std::uint8_t* const skip = idle == nullptr ? nullptr : idle + t;
     const auto write = [&](const auto& f) __attribute__((always_inline)) {
-      unroll<T>([&](auto i) __attribute__((always_inline)) {
+      unroll<T>([&](int i) __attribute__((always_inline)) {
         if (skip != nullptr && skip[i] != 0) return;
-        unroll<N>([&](auto j) __attribute__((always_inline)) { f(to + i * stride + j * width, sum.c[i][j]); });
+        unroll<N>([&](int j) __attribute__((always_inline)) { f(to + i * stride + j * width, sum.c[i][j]); });
       });
     };
     if (into == Into::add)

@@ -72,7 +72,7 @@ struct SumPanel {
       Index c = 0;
       const X* const later = x.rows.row(token(smaller(i + rows_ahead, n - 1))) + c0;
       for (; c + columns <= wide; c += columns)
-        unroll<packets>([&](auto j) __attribute__((always_inline)) {
+        unroll<packets>([&](int j) __attribute__((always_inline)) {
           store(block + c * n + j * width, load(from + c + j * width));
           prefetch(later + c + j * width);
         });
@@ -140,11 +140,11 @@ struct SumPanel {
       over_packets(
           out.rows, [&](Index r, auto lanes) __attribute__((always_inline)) {
             Packet block[width];
-            unroll<width>([&](auto i) __attribute__((always_inline)) {
+            unroll<width>([&](int i) __attribute__((always_inline)) {
               block[i] = r + i < out.rows ? load(sums + (r + i) * columns + c) : splat(0);
             });
             transpose(block);
-            unroll<width>([&](auto j) __attribute__((always_inline)) {
+            unroll<width>([&](int j) __attribute__((always_inline)) {
               if (c + j < out.cols) add_or_set(&out(r, c + j), block[j], factor, into, lanes);
             });
           });
@@ -158,8 +158,8 @@ struct SumPanel {
     Tile<R, packets> sum;
     // The gradient is not in L2 where it is larger: its lines come while sums are added up.
     if (leave.out != nullptr)
-      unroll<R>([&](auto i) __attribute__((always_inline)) {
-        unroll<packets>([&](auto j)
+      unroll<R>([&](int i) __attribute__((always_inline)) {
+        unroll<packets>([&](int j)
                             __attribute__((always_inline)) { prefetch(leave.out + i * leave.stride + j * width); });
       });
     if (first)
