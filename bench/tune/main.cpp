@@ -268,7 +268,7 @@ int main(int argc, char** argv) {
                {{1, 4096, 4096, 16}, {4, 4096, 4096, 64}, {512, 4096, 4096, 128, 8, 2}});
   tuner.choose("weights", &Tuning::weights, {own.weights, 32 * 1024, 64 * 1024, 256 * 1024, 512 * 1024}, Pass::forward,
                {{512, 4096, 4096, 32}, {512, 4096, 4096, 128}, {512, 4096, 4096, 512}});
-  tuner.choose("tokens_per_sum", &Tuning::tokens_per_sum, {own.tokens_per_sum, 24, 96, 192}, Pass::backward, many);
+  tuner.choose("tokens_per_sum", &Tuning::tokens_per_sum, {own.tokens_per_sum, 24, 48, 192}, Pass::backward, many);
   tuner.choose_serial_bytes();
   tuner.choose_grouping();
   const std::string text = header(tuner);

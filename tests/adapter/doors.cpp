@@ -5,6 +5,7 @@
 #include <loramix/adapter/initialise.hpp>
 #include <loramix/adapter/lora.hpp>
 #include <loramix/cpu/cpu.hpp>
+#include <loramix/ops/mixlora.hpp>
 #include <loramix/train/adamw.hpp>
 #include <loramix/train/sgd.hpp>
 
@@ -101,6 +102,10 @@ TEST_CASE("an executor without lanes is refused") {
   Step step;
   const lm::cpu::Backend be{NoLanes{}};
   check_error(ErrorCode::value, {"lanes"}, [&] { lm::forward(be, step.lora, step.x, step.y, step.work); });
+  lm::MixExperts<float, float, float, float, lm::Space::host, lm::Major::column> mix{};
+  mix.z1 = {nullptr, Step::tokens, 4};
+  mix.gate = {.tokens = Step::tokens, .ranks = 4, .experts = 2};
+  check_error(ErrorCode::value, {"lanes"}, [&] { lm::scratch_bytes(be, mix); });
 }
 
 TEST_CASE("a transposed x is called that, not a small workspace") {

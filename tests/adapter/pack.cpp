@@ -2,6 +2,7 @@
 #include "adapter/kinds.hpp"
 
 #include <loramix/adapter/mola.hpp>
+#include <loramix/adapter/more.hpp>
 
 namespace loramix_test {
 namespace {
@@ -96,6 +97,13 @@ TEST_CASE("explain says which path an adapter takes, and why") {
   CHECK(has(said(two_of_eight, 70, {.grouping = lm::cpu::Grouping::dense}), "all ranks; Tuning::grouping"));
   const lm::Mola<float> three_of_four({.d_in = 40, .d_out = 30, .experts = 4, .rank = 4, .rule = {.k = 3}});
   CHECK(has(said(three_of_four, 70), "all ranks; more than half"));
+  const lm::Mola<float> two_of_forty({.d_in = 40, .d_out = 30, .experts = 40, .rank = 2, .rule = {.k = 2}});
+  CHECK(has(said(two_of_forty, 70), "as they lie"));
+  CHECK(has(said(two_of_forty, 70, {.grouping = lm::cpu::Grouping::dense}), "register tiles"));
+  const lm::More<float> short_prefixes({.d_in = 40, .d_out = 30, .tasks = 2, .rank = 16}),
+      prefixes({.d_in = 40, .d_out = 30, .tasks = 2, .rank = 32});
+  CHECK(has(said(short_prefixes, 70), "all ranks; there are at most 16 ranks"));
+  CHECK(has(said(prefixes, 70), "open ranks only; prefixes"));
   CHECK(has(said(three_of_four, 70, {.grouping = lm::cpu::Grouping::grouped}), "open ranks only; Tuning::grouping"));
 }
 

@@ -69,7 +69,7 @@ PARTS = {
     "float, bfloat16 and half": "".join(BACKWARD.format(t) for t in ("float", "lm::bfloat16", "lm::half")),
     "forward and backward, double (composed)": BACKWARD.format("double"),
 }
-KERNEL = re.compile(r" [tTwW] .*\b(?:tile|side_tile|dots)<")
+KERNEL = re.compile(r" [tTwW] .*\b(?:\w*tiles?|dots|stream)<")
 # Products of parameters alone (cpu/small_product.hpp): they belong to the adapters that have such, and meet no gate.
 SMALL = re.compile(r"\bFewRows<")
 

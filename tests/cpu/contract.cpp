@@ -38,6 +38,41 @@ TEST_CASE("ranks and side rows that end inside a packet") {
   }
 }
 
+TEST_CASE("few tokens, and side rows, which see no dropout") {
+  using Op = lm::Shrink<float, float, float, float, host>;
+  struct Shape {
+    Index tokens, ranks, rows, d;
+  };
+  // Jobs of 1 to 64 tokens, whose weights lie or are copied as lanes have it; and fewer ranks whose sweep is the longer one.
+  const std::vector<Shape> shapes{{1, 8, 0, 301},    {3, 20, 3, 301},   {4, 40, 0, 301},
+                                  {5, 8, 3, 301},    {10, 20, 0, 301},  {23, 33, 8, 301},
+                                  {64, 40, 3, 1301}, {72, 224, 8, 600}, {72, 64, 8, 2100}};
+  Random random(seed(76));
+  for (const Shape& s : shapes) {
+    for (const double p : {0., 0.5}) {
+      CAPTURE(s.tokens);
+      CAPTURE(s.ranks);
+      CAPTURE(p);
+      Guarded<float> A(random, s.ranks, s.d), side(random, s.rows, s.d), x(random, s.tokens, s.d);
+      const Guarded<float> old(random, s.tokens, s.ranks + s.rows);
+      const lm::Dropout dropout = lm::make_dropout("test", p, {.seed = 7, .site = 1, .step = 2});
+      const auto all = on_lanes(old, [&](const auto& be, lm::MatrixView<float> out) {
+        Op op{A.view(), side.view(), x.view(), dropout, out.col_range(0, s.ranks), {}, {}};
+        if (s.rows != 0) op.h = out.col_range(s.ranks, s.rows);
+        run_on_host(be, op);
+      });
+      check_sums(all, old, lm::Into::set, s.d, [&](Index t, Index r, const auto& term) {
+        for (Index k = 0; k < s.d; ++k) {
+          if (r >= s.ranks)
+            term(x.at(t, k) * side.at(r - s.ranks, k));
+          else if (!dropout.on() || dropout.keep(t, k))
+            term(x.at(t, k) * A.at(r, k) * dropout.kept_scale());
+        }
+      });
+    }
+  }
+}
+
 TEST_CASE("contractions are cut into jobs that cover them, and no lane has much more than its share") {
   using Contraction = lm::cpu::detail::PanelContraction<float, float, lm::Major::row>;
   for (const Index lanes : {1, 2, 4}) {

@@ -69,6 +69,34 @@ TEST_CASE_TEMPLATE("lanes never change a bit", T, float, lm::bfloat16) {
   }
 }
 
+namespace {
+
+/// Two lanes, and how often they were asked for more than one job.
+struct Counting {
+  Index* regions;
+  Index lanes() const { return 2; }
+  template <class Job>
+  void run(Index jobs, const Job& job) const {
+    *regions += jobs > 1 ? 1 : 0;
+    for (Index i = 0; i < jobs; ++i) job(i, i % 2);
+  }
+};
+
+}  // namespace
+
+TEST_CASE("few tokens wake nobody for small weights") {
+  for (const Index tokens : {1, 4, 5}) {
+    for (const Index d : {64, 4096}) {
+      CAPTURE(tokens);
+      CAPTURE(d);
+      Index regions = 0;
+      const auto outputs = all_outputs<float>(Counting{&regions}, tokens, d, d, 9, 8);
+      CHECK((regions == 0) == (tokens <= 4 && d == 64));
+      CHECK(all_same(all_outputs<float>(lm::SerialExecutor{}, tokens, d, d, 9, 8), outputs));
+    }
+  }
+}
+
 TEST_CASE("jobs that are inside their bodies at the same time do not disturb each other") {
   const auto serial = all_outputs<Meeting>(lm::SerialExecutor{}, 200, 264, 270, 9, 8);
   for (const Index lanes : {2, 3}) {

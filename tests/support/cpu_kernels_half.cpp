@@ -1,3 +1,3 @@
 #include "support/cpu_kernels.hpp"
 
-KERNELS_OF_HALF(template struct)
+KERNELS_OF_HALF()

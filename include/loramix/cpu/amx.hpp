@@ -223,6 +223,10 @@ inline void copy_row(const Input<bfloat16>& x, Index t, Index k, Index n, Index 
 
 /// Ranks or tokens, rounded up to whole blocks of tiles.
 constexpr Index whole_tiles(Index n) { return round_up(n, TileBlock::columns); }
+/// Floats that all jobs share: packed weights [ranks, depth].
+inline Index packed_floats(Index ranks, Index depth) {
+  return elements(whole_tiles(ranks), round_up(depth, 32)) / 2 + 16;
+}
 
 /// out [T, R] = scale · x̂ Wᵀ.
 struct TileContraction {
@@ -233,8 +237,6 @@ struct TileContraction {
 
   static constexpr Index sweep = 192;  // columns
   static constexpr Index pitch = sweep + 32;
-  /// Floats that all jobs share: the packed weights.
-  static Index shared(Index ranks, Index depth) { return elements(whole_tiles(ranks), round_up(depth, 32)) / 2 + 16; }
   static Index scratch(Index ranks) { return 32 * whole_tiles(ranks) + 32 * pitch / 2; }
 
   void pack(Index k32, bfloat16* packed) const {
@@ -287,7 +289,6 @@ struct TileSpread {
   const Spread<bfloat16, bfloat16, Major::row>* all;
 
   static constexpr Index sweep = 128;  // columns
-  static Index shared(Index ranks, Index depth) { return elements(whole_tiles(ranks), round_up(depth, 32)) / 2 + 16; }
   static Index scratch(Index ranks, Index side) {
     return 32 * sweep + 32 * (whole_tiles(ranks) + whole_tiles(side)) + 32 * keep_pitch / 4;
   }
@@ -497,7 +498,7 @@ struct TileShrink {
 
   template <class E>
   TileShrink(Arena<>& arena, const Backend<E>& be, MatrixView<const bfloat16> w)
-      : packed(reinterpret_cast<bfloat16*>(arena.take<float>(TileContraction::shared(w.rows, w.cols)))),
+      : packed(reinterpret_cast<bfloat16*>(arena.take<float>(packed_floats(w.rows, w.cols)))),
         lanes(carve_lanes(arena, be.lanes(), TileContraction::scratch(w.rows))) {}
 
   template <class E>
@@ -520,8 +521,8 @@ struct TileExpand {
 
   template <class E>
   TileExpand(Arena<>& arena, const Backend<E>& be, Index ranks, Index side, Index columns)
-      : packed(reinterpret_cast<bfloat16*>(arena.take<float>(TileSpread::shared(ranks, columns)))),
-        packed_side(reinterpret_cast<bfloat16*>(arena.take<float>(TileSpread::shared(side, columns)))),
+      : packed(reinterpret_cast<bfloat16*>(arena.take<float>(packed_floats(ranks, columns)))),
+        packed_side(reinterpret_cast<bfloat16*>(arena.take<float>(packed_floats(side, columns)))),
         lanes(carve_lanes(arena, be.lanes(), TileSpread::scratch(ranks, side))) {}
 
   template <class E>

@@ -31,6 +31,27 @@ template <class E>
 Backend(E, Tuning) -> Backend<E>;
 Backend()->Backend<SerialExecutor>;
 
+namespace detail {
+
+/// Who does an op's jobs: all lanes, or, where few tokens meet few bytes of weights, the caller alone.
+template <class E>
+struct Crew {
+  const Backend<E>& be;
+  bool alone;
+  Crew(const Backend<E>& backend, Index tokens, Index bytes)
+      : be(backend), alone(tokens <= few_tokens && bytes <= be.tuning.serial_bytes) {}
+
+  Index lanes() const { return alone ? 1 : be.lanes(); }
+  /// f(job, lane) for every job in [0, n).
+  template <class F>
+  void run(Index n, const F& f) const {
+    if (!alone) return be.run(n, f);
+    for (Index i = 0; i < n; ++i) f(i, Index{0});
+  }
+};
+
+}  // namespace detail
+
 }  // namespace cpu
 }  // namespace LORAMIX_ABI
 }  // namespace loramix

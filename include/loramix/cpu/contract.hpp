@@ -5,11 +5,11 @@
 /// Writes:      out [T, R], assigned.
 /// Errors:      none: ops/shrink.hpp and ops/expand.hpp check.
 /// Cost:        one pass over x. More than half a packet of ranks: packed weights, register tiles of tokens × ranks,
-///              sweeps of one page of columns. Fewer, those behind the last whole packet, and T ≤ 64: dot products.
+///              sweeps as wide as `Tuning::weights` allow. Of weights rank by rank dot products: fewer, those behind the last
+///              whole packet where x lies, and all of T ≤ 64.
 /// Determinism: an output depends on its row of x only, and not on threads.
 /// Example:     ops/shrink.hpp
 #pragma once
-#include <algorithm>
 
 #include <loramix/cpu/dropout.hpp>
 #include <loramix/cpu/panels.hpp>
@@ -315,18 +315,20 @@ struct DotContraction {
     else
       c.load_from(sums, N * width);
     const auto multiply = [&](const auto& from) __attribute__((always_inline)) {
-      if constexpr (!Weights::woven) return dot(length, from, weights, c);
-      RowWalk walk = next;
-      if (x.rows.rows > some_tokens)  // rows of x are what comes from far; of few, weights
+      if constexpr (!Weights::woven) {
+        dot(length, from, weights, c);
+      } else if (x.rows.rows > some_tokens) {  // rows of x are what comes from far; of few, weights
         dot(
             length, from, weights, c,
             [&, ahead = tile_tokens * x.rows.stride ](Index i) __attribute__((always_inline)) {
               unroll<M>([&](int m) __attribute__((always_inline)) { prefetch(from.p[m] + i + ahead); });
             });
-      else
+      } else {
+        RowWalk walk = next;
         dot(
             length, from, weights, c, [&](Index i) __attribute__((always_inline)) { walk.template step<width>(i); });
-      next = walk;
+        next = walk;
+      }
     };
     with_rows<M, Weights::woven>(t, k, length, block, multiply);
     if (k + sweep < w.cols)
@@ -335,8 +337,8 @@ struct DotContraction {
       c.sum_to(out.row(t) + r, out.stride, out.cols - r, factor_of(x.dropout, scale), Into::set);
   }
   /// f(rows): M rows of x from t on, columns [k, k + length), for `dot`: as they lie, under the bits of dropout, or converted in
-  /// `block`. Every way to read them is compiled into every tile, so few tokens have one less.
-  template <int M, bool ManyTokens, class F>
+  /// `block`. Every way to read them is compiled into every tile; the few tokens that meet no copy have one less.
+  template <int M, bool MeetsCopy, class F>
   [[gnu::always_inline]] void with_rows(Index t, Index k, Index length, float* block, F&& f) const {
     if constexpr (!std::is_same_v<X, float>) {
       if (!x.dropout.on()) {
@@ -344,7 +346,7 @@ struct DotContraction {
         for (int m = 0; m < M; ++m) from.p[m] = x.rows.row(t + m) + k;
         return f(from);
       }
-    } else if constexpr (keeps_while_loading && ManyTokens) {
+    } else if constexpr (keeps_while_loading && MeetsCopy) {
       if (x.dropout.on()) {
         KeptRows<M> from;
         std::uint8_t* bits = reinterpret_cast<std::uint8_t*>(block);

@@ -2,7 +2,7 @@
 ///
 /// Computes:    dots[t, r] = scale · Σ_c x[t, c] · W[r, c] and out[r, c] (+)= scale · Σ_t left[t, r] · x[t, c]
 /// Reads:       x [T, d], W [R, d], left [T, R].
-/// Writes:      dots, by pieces of the columns: parts [pieces · T, R]. Adds to: out [R, d], or assigns.
+/// Writes:      dots, by pieces of the columns: parts [pieces · T, woven_rows(R)]. Adds to: out [R, d], or assigns.
 /// Errors:      none: ops/expand.hpp checks.
 /// Cost:        one pass over x: some tokens' rows go by dot products and then, from L2, into the sums. The dot products alone
 ///              (run_dots) are a pass, too.

@@ -126,7 +126,7 @@ inline constexpr bool keeps_while_loading = loramix::detail::has_mask_registers 
     return loramix::detail::keep_lanes_by_mask(v, static_cast<unsigned short>(word));
   }
   Bits32 lane;
-  unroll<width>([&](int i) { lane[int{i}] = 1u << i; });
+  unroll<width>([&](int i) { lane[i] = 1u << i; });
   const Bits32 kept = (Bits32)(((Bits32{} + (word >> c % 8)) & lane) != 0u);
   return from_bits(to_bits(v) & kept);
 }

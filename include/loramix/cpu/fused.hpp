@@ -27,9 +27,6 @@ inline namespace LORAMIX_ABI {
 namespace cpu {
 namespace detail {
 
-template <class T>
-inline constexpr bool is_stored = std::is_same_v<T, float> || is_16bit<T>;
-
 /// Whether there are kernels for these scalars.
 template <class X, class W, class Acc, class Score, class G = float>
 inline constexpr bool has_kernels =
@@ -44,8 +41,9 @@ inline MatrixView<float> carve_lanes(Arena<>& arena, Index lanes, Index floats) 
 /// f(t) for every row.
 template <class E, class F>
 void over_rows(const Backend<E>& be, Index rows, const F& f) {
-  const Cut cut(rows, be.lanes(), 128, 1);
-  be.run(cut.jobs, [&](Index i, Index) {
+  const Crew crew(be, rows, 0);
+  const Cut cut(rows, crew.lanes(), 128, 1);
+  crew.run(cut.jobs, [&](Index i, Index) {
     for (Index t = cut.begin(i); t < cut.begin(i) + cut.count(i); ++t) f(t);
   });
 }
@@ -91,23 +89,22 @@ struct Contraction {
     using Panels = PanelContraction<X, W, M>;
     const Stacked<W, M> both{w, second};
     const Panels contraction{x, both, Panels::sweep_of(be.tuning, both.ranks(), w.cols), scale, out, second_out};
-    const typename Panels::Jobs jobs(tokens, both.ranks(), be.lanes());
-    be.run(jobs.count(), [&](Index job, Index lane) { contraction.run(jobs, job, lanes.row(lane)); });
+    const Crew crew(be, tokens, both.ranks() * w.cols * Index{sizeof(W)});
+    const typename Panels::Jobs jobs(tokens, both.ranks(), crew.lanes());
+    crew.run(jobs.count(), [&](Index job, Index lane) { contraction.run(jobs, job, lanes.row(lane)); });
   }
 
  private:
   template <class E, class X>
   void run_dots(const Backend<E>& be, const DotContraction<X, W>& dots, MatrixView<float> lanes) const {
     const Index tokens = dots.out.rows, groups = blocks_of(w.rows, dots.tile_ranks);
-    const bool wake = tokens > few_tokens || w.rows * w.cols * Index{sizeof(W)} > be.tuning.serial_bytes;
+    const Crew crew(be, tokens, w.rows * w.cols * Index{sizeof(W)});
     // Ranks first; tokens too where ranks do not keep all lanes busy.
-    const Cut cut(tokens, wake ? blocks_of(be.lanes(), groups) : 1, dots.most, dots.tile_tokens);
-    const auto job = [&](Index i, Index lane) {
+    const Cut cut(tokens, blocks_of(crew.lanes(), groups), dots.most, dots.tile_tokens);
+    crew.run(groups * cut.jobs, [&](Index i, Index lane) {
       const Index r = i % groups * dots.tile_ranks, chunk = i / groups;
       dots.run(cut.begin(chunk), cut.count(chunk), r, smaller(dots.tile_ranks, w.rows - r), lanes.row(lane));
-    };
-    if (wake) return be.run(groups * cut.jobs, job);
-    for (Index i = 0; i < groups * cut.jobs; ++i) job(i, 0);
+    });
   }
 };
 
@@ -116,12 +113,12 @@ template <class E, class Y, class W, Major M>
 void run_spread(const Backend<E>& be, const Spread<Y, W, M>& spread, MatrixView<float> scratch) {
   const Index tokens = spread.y.rows, columns = spread.y.cols;
   if (tokens == 0 || columns == 0) return;
+  const Crew crew(be, tokens, spread.ranks() * columns * Index{sizeof(W)});
   if constexpr (M == Major::row) {
     if (class_of(be.tuning, tokens) != TokenClass::many) {
-      const bool wake = tokens > few_tokens || spread.ranks() * columns * Index{sizeof(W)} > be.tuning.serial_bytes;
-      const Cut cut(columns, wake ? be.lanes() : 1, columns, spread.panel);
+      const Cut cut(columns, crew.lanes(), columns, spread.panel);
       const bool in_streams = spread.in_streams();
-      be.run(cut.jobs, [&](Index i, Index lane) {
+      crew.run(cut.jobs, [&](Index i, Index lane) {
         if (in_streams) return spread.run_streams(cut.begin(i), cut.count(i), scratch.row(lane));
         spread.run_natural(cut.begin(i), cut.count(i), scratch.row(lane));
       });
@@ -129,10 +126,10 @@ void run_spread(const Backend<E>& be, const Spread<Y, W, M>& spread, MatrixView<
     }
   }
   // Every job copies its weights: no more jobs than keep all lanes busy, and no shorter rows than a sweep's.
-  const Index sweep = packed_sweep_of(be.tuning, spread.ranks(), columns), lanes = be.lanes();
+  const Index sweep = packed_sweep_of(be.tuning, spread.ranks(), columns), lanes = crew.lanes();
   const Cut blocks(columns, blocks_of(columns, sweep) >= lanes ? lanes : 1, sweep, spread.panel);
   const Cut chunks(tokens, blocks_of(lanes, blocks.jobs), tokens, spread.rows);
-  be.run(blocks.jobs * chunks.jobs, [&](Index i, Index lane) {
+  crew.run(blocks.jobs * chunks.jobs, [&](Index i, Index lane) {
     const Index block = i % blocks.jobs, chunk = i / blocks.jobs;
     spread.run_packed(chunks.begin(chunk), chunks.count(chunk), blocks.begin(block), blocks.count(block),
                       scratch.row(lane));
@@ -143,9 +140,10 @@ void run_spread(const Backend<E>& be, const Spread<Y, W, M>& spread, MatrixView<
 template <class E, class X, class G, Major M>
 void run_token_sum(const Backend<E>& be, const TokenSum<X, G, M>& sum, MatrixView<float> scratch) {
   if (sum.out.data == nullptr || sum.out.empty()) return;
-  const Cut columns(sum.out.cols, be.lanes(), sum.sweep(), SumPanel::step),
+  const Crew crew(be, sum.left.rows, sum.ranks() * sum.out.cols * Index{sizeof(G)});
+  const Cut columns(sum.out.cols, crew.lanes(), sum.sweep(), SumPanel::step),
       ranks(sum.ranks(), 1, sum.ranks_of_job, sum.rows);
-  be.run(columns.jobs * ranks.jobs, [&](Index i, Index lane) {
+  crew.run(columns.jobs * ranks.jobs, [&](Index i, Index lane) {
     const Index c = i % columns.jobs, r = i / columns.jobs;
     sum.run(ranks.begin(r), ranks.count(r), columns.begin(c), columns.count(c), scratch.row(lane));
   });
@@ -200,16 +198,17 @@ template <class E, class X, class W, Major M>
 void run_grouped(const Backend<E>& be, const GroupedContraction<X, W, M>& job, MatrixView<float> lanes) {
   const Selection& s = *job.selection;
   if (job.w.cols == 0) return set_zero(be, job.out);
+  const Crew crew(be, s.tokens(), smaller(s.most_open(), job.w.rows) * job.w.cols * Index{sizeof(W)});
   if (job.by_dots(be.tuning, s)) {
     set_zero(be, job.out);
-    be.run(s.chunks() * s.groups(),
-           [&](Index i, Index lane) { job.run_dots(i / s.groups(), i % s.groups(), lanes.row(lane)); });
+    crew.run(s.chunks() * s.groups(),
+             [&](Index i, Index lane) { job.run_dots(i / s.groups(), i % s.groups(), lanes.row(lane)); });
     return;
   }
   // Chunks of pairs are long, and few: every lane takes its part of each.
-  const Index parts = s.in_pairs() ? be.lanes() : 1;
-  const Cut cut(s.chunks(), s.in_pairs() ? 1 : be.lanes(), job.most_chunks(s), 1);
-  be.run(cut.jobs * parts, [&](Index i, Index lane) {
+  const Index parts = s.in_pairs() ? crew.lanes() : 1;
+  const Cut cut(s.chunks(), s.in_pairs() ? 1 : crew.lanes(), job.most_chunks(s), 1);
+  crew.run(cut.jobs * parts, [&](Index i, Index lane) {
     const Index chunks = i / parts;
     job.run_sweeps(cut.begin(chunks), cut.count(chunks), i % parts, parts, lanes.row(lane));
   });
@@ -220,10 +219,13 @@ void run_grouped(const Backend<E>& be, const GroupedSpread<Y, W, M>& spread, Mat
   const Index columns = spread.all.y.cols;
   const bool natural = spread.natural(be.tuning, s);
   const Index sweep = spread.sweep_of(be.tuning, s, spread.all.ranks(), columns);
-  const Index lanes_used = be.lanes();
+  const Index ranks = spread.all.ranks();
+  const Crew crew(be, s.tokens(),
+                  smaller(s.most_open() + spread.all.second.w.rows, ranks) * columns * Index{sizeof(W)});
+  const Index lanes_used = crew.lanes();
   const Cut blocks(columns, natural ? lanes_used : 1, sweep, column_panel);
   const Cut chunks(s.chunks(), lanes_used == 1 ? 1 : blocks_of(4 * lanes_used, blocks.jobs), s.chunks(), 1);
-  be.run(blocks.jobs * chunks.jobs, [&](Index i, Index lane) {
+  crew.run(blocks.jobs * chunks.jobs, [&](Index i, Index lane) {
     const Index block = i % blocks.jobs, chunk = i / blocks.jobs;
     spread.run(be.tuning, chunks.begin(chunk), chunks.count(chunk), blocks.begin(block), blocks.count(block),
                lanes.row(lane));
@@ -234,8 +236,9 @@ void run_grouped(const Backend<E>& be, const GroupedTokenSum<X, G, M>& sum, Matr
   if (sum.out.data == nullptr || sum.out.empty()) return;
   const Selection& s = *sum.selection;
   const Index groups = sum.groups_of_job(s), group_jobs = blocks_of(s.groups(), groups);
-  const Cut columns(sum.out.cols, blocks_of(be.lanes(), group_jobs), sum.sweep, SumPanel::step);
-  be.run(columns.jobs * group_jobs, [&](Index i, Index lane) {
+  const Crew crew(be, s.tokens(), sum.out.rows * sum.out.cols * Index{sizeof(G)});
+  const Cut columns(sum.out.cols, blocks_of(crew.lanes(), group_jobs), sum.sweep, SumPanel::step);
+  crew.run(columns.jobs * group_jobs, [&](Index i, Index lane) {
     const Index c = i % columns.jobs, g = i / columns.jobs * groups;
     sum.run(g, smaller(groups, s.groups() - g), columns.begin(c), columns.count(c), lanes.row(lane));
   });
@@ -260,11 +263,11 @@ struct FusedShrink {
         grouped(op.select.tokens != 0 && is_grouped(be.tuning, op.select, op.A.rows)),
         together(!grouped && !op.dropout.on() && op.A.rows != 0 && op.side.rows != 0 &&
                  !ranks.by_dots(be.tuning, op.x.rows)) {
-    if (together) ranks.second = op.side;
     const Input<X> dropped{op.x, op.dropout}, plain{op.x};
-    // Of both together whether or not they are: what a query is told of dropout is not what a call will have.
-    const Contraction<W, Major::row> both{op.A, op.side};
-    Index floats = larger(both.scratch(be, op.x.rows, dropped.direct()), side.scratch(be, op.x.rows, plain.direct()));
+    // Of both together and of each: what a query is told of dropout is not what a call will have, and fewer ranks may take more.
+    Index floats = larger(ranks.scratch(be, op.x.rows, dropped.direct()), side.scratch(be, op.x.rows, plain.direct()));
+    floats = larger(floats, Contraction<W, Major::row>{op.A, op.side}.scratch(be, op.x.rows, dropped.direct()));
+    if (together) ranks.second = op.side;
     if (grouped) {
       selection = Selection(arena, op.select, Grouped::listing(be.tuning, op.select));
       floats = larger(floats, Grouped::scratch(be.tuning, selection, op.A.cols, dropped.direct()));
@@ -405,7 +408,7 @@ struct FusedExpandBackward {
   Selection selection, of_rows;  // for sums over tokens; for dŨ, where that is listed otherwise
   bool apart = false;            // whether it is
   Cut pieces{0, 1, 1, 1};        // of few ranks' columns, of whose rows dŨ and dB are made together
-  MatrixView<float> parts;       // [pieces · T, R] of dŨ
+  MatrixView<float> parts;       // [pieces · T, woven_rows(R)] of dŨ
   MatrixView<float> lanes;
 
   template <class E, class Op>

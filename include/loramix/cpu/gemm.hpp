@@ -2,8 +2,8 @@
 ///
 /// Eigen's public products take their packing buffers from the heap beyond a stack limit, start OpenMP threads of
 /// their own under -fopenmp, and choose block sizes from the cache they find. Here the blocks are fixed, the memory is
-/// the arena's and the calling thread does the work. `Eigen::internal` is not a stable interface: nothing else of the
-/// library names it. Tested with Eigen 3.4.0.
+/// the arena's and the calling thread does the work. `Eigen::internal` is not a stable interface: this and
+/// cpu/packet.hpp name it, and nothing else. Tested with Eigen 3.4.0.
 ///
 /// Determinism: rows of C that a call treats alike are summed alike: the composed path runs tiles of one fixed height.
 #pragma once

@@ -3,8 +3,9 @@
 /// less, the rows of each list.
 ///
 /// Computes:    what cpu/contract.hpp, cpu/spread.hpp and cpu/token_sum.hpp compute, for the open ranks only.
-/// Reads:       as they do; U and dU of closed ranks are neither read nor computed.
-/// Writes:      U [T, R] with 0 in closed ranks; y, dA, dB as they do.
+/// Reads:       as they do; U and dU of closed groups are neither read nor computed.
+/// Writes:      U [T, R] with 0 in closed groups, and what it pleases behind a prefix within its last packet; y, dA, dB as they
+///              do.
 /// Errors:      none.
 /// Cost:        the open ranks' multiply-adds, and for every list that a token is in one read and write of its row in L2: one
 ///              by pairs of experts, k by experts.
@@ -362,20 +363,29 @@ struct GroupedSpread {
   static Index band_of(const Tuning& tuning, const Selection& s, Index sweep) {
     if (!s.of_many()) return panel;
     const Index whole = round_up(sweep, panel);
-    if (s.tokens() <= elements(s.groups(), s.most_ranks()) / (4 * s.most())) return whole;
+    if (s.tokens() <= tokens_of_whole(s)) return whole;
     return larger(1, smaller(whole, tuning.weights / s.chunk()) / panel) * panel;
   }
+  static Index tokens_of_whole(const Selection& s) { return elements(s.groups(), s.most_ranks()) / (4 * s.most()); }
   static Index scratch(const Tuning& tuning, const Selection& s, Index ranks, Index columns) {
     const Index sweep = sweep_of(tuning, s, ranks, columns);
     const Index copied = natural(tuning, s) && s.of_many() ? panel : sweep;
-    const Index sums = s.most() == 1 ? 0 : band_of(tuning, s, sweep);
-    return elements(ranks, copied) + s.chunk() * (sums + keep_bytes(sweep) / 4 + width);
+    return elements(ranks, copied) + sums_of(tuning, s, sweep) + s.chunk() * (keep_bytes(sweep) / 4 + width);
   }
 
   /// Chunks [chunk, chunk + n) × columns [c0, c0 + columns), at most one sweep.
   void run(const Tuning& tuning, Index chunk, Index n, Index c0, Index columns, float* scratch) const;
 
  private:
+  /// Sums of a band of this many tokens, or of fewer, whose bands may be so much wider that they have more.
+  static Index sums_of(const Tuning& tuning, const Selection& s, Index sweep) {
+    if (s.most() == 1) return 0;
+    if (!s.of_many()) return s.chunk() * panel;
+    const Index whole = round_up(sweep, panel);
+    const Index wide = elements(smaller(s.chunk(), tokens_of_whole(s)), whole);
+    return larger(wide, larger(s.chunk() * panel, smaller(elements(s.chunk(), whole), tuning.weights)));
+  }
+
   /// A tile is added to y, or assigned: `wide` columns from c on, row m of it to token_of(m).
   template <int T, int N, class F>
   [[gnu::always_inline]] void put(const Tile<T, N>& sum, Index c, Index wide, const F& token_of) const {
@@ -503,7 +513,7 @@ struct GroupedSpread {
     for (Index j = 0; j < band.columns; j += panel) {
       if (all.second.w.rows != 0) {
         weights_of(band.c + j, [&](const auto& w) {
-          in_steps<rows>(tokens, [&](auto m, Index i) { side_tile<m, packets>(band, j, i, w.second, w.second_step); });
+          in_steps<rows>(tokens, [&](auto m, Index i) { side_tile<m>(band, j, i, w.second, w.second_step); });
         });
       }
       finish(band, j);
@@ -535,13 +545,13 @@ struct GroupedSpread {
     next = walk;
   }
   /// The second product, behind the first one's scale and dropout.
-  template <int T, int N, class Weight>
+  template <int T, class Weight>
   [[gnu::flatten, gnu::noinline]] void side_tile(const Band& band, Index column, Index token, const Weight* w,
                                                  Index step) const {
     float* const sums = band.partial + token * band.pitch + column;
     const std::uint8_t* const keep = band.keep + column / 8;
     const Index t = band.first_token + token;
-    Tile<T, N> sum;
+    Tile<T, packets> sum;
     sum.clear();
     outer(all.second.w.rows, Rows3<T>(all.second.left.row(t), all.second.left.stride), Panel<Weight>{w, step}, sum);
     sum.each([&](int m, int j, Packet v) __attribute__((always_inline)) {

@@ -81,6 +81,7 @@ MixLanes<Acc> carve_mix(Arena<>& arena, Index lanes, Index ranks, Index experts,
   const auto round_up = [](Index n) {
     return (smaller(n, INT64_MAX / 8) + 15) / 16 * 16;
   };  // four of them fit in Index
+  check::at_least("executor", "lanes()", lanes, 1);
   const Index rank = experts > 0 ? ranks / experts : 0;
   const Index tiles = elements(of_tile, ranks), columns = elements(of_columns, rank);
   const typename MixLane<Acc>::Sizes sizes{

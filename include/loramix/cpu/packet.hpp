@@ -31,6 +31,10 @@ inline constexpr int registers = EIGEN_ARCH_DEFAULT_NUMBER_OF_REGISTERS;
 typedef std::uint16_t Bits16 __attribute__((vector_size(2 * width)));
 typedef std::uint32_t Bits32 __attribute__((vector_size(4 * width)));
 
+/// Whether there are `load` and `store` for it.
+template <class T>
+inline constexpr bool is_stored = std::is_same_v<T, float> || is_16bit<T>;
+
 /// f(0), f(1), …, f(N − 1), the index a constant: arrays of packets then live in registers.
 template <class F, int... I>
 [[gnu::always_inline]] inline void unroll(F&& f, std::integer_sequence<int, I...>) {

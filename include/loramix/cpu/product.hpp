@@ -68,6 +68,11 @@ inline PathFacts fused_facts(const Tuning& tuning, const GateForm<float>& gate, 
   if (columns_of_u != gate.ranks) return {all, "experts share one A: each of its ranks is needed", 0};
   if (tuning.grouping != Grouping::automatic)
     return {tuning.grouping == Grouping::grouped ? open : all, "Tuning::grouping says so", 0};
+  if (gate.ids.cols == 0) {
+    return grouping_pays(0, gate.experts, gate.ranks)
+               ? PathFacts{open, "prefixes are taken to end half-way, and skipping what is behind them costs less", 0}
+               : PathFacts{all, "there are at most 16 ranks: skipping those behind a prefix costs more", 0};
+  }
   if (grouping_pays(gate.ids.cols, gate.experts, gate.ranks))
     return {open, "at most half of 16 or more are open, and skipping the others costs less", 0};
   return {all, "more than half are open, or there are fewer than 16: skipping the others costs more", 0};
@@ -85,7 +90,9 @@ PathFacts path_of(const Backend<E>& be, const Expand<Acc, W, Y, Score, Space::ho
     if (be.tuning.path == Path::composed) return composed_facts("Tuning::path says so");
     PathFacts facts = fused_facts(be.tuning, op.gate, op.u.cols);
     const bool many = class_of(be.tuning, op.u.rows) == TokenClass::many;
-    facts.kernels = many ? "register tiles, weights packed for a sweep of columns" : "weights as they lie";
+    const bool listed = is_grouped(be.tuning, op.gate, op.u.cols) && many_experts(op.gate);
+    const bool lie = transposed(M) == Major::row && (!many || listed);
+    facts.kernels = lie ? "weights as they lie" : "register tiles, weights packed for a sweep of columns";
     facts.tile_tokens = many ? Index{Spread<Y, W, transposed(M)>::rows} : op.u.rows;
     return facts;
   }

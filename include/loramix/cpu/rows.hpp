@@ -52,7 +52,8 @@ template <class E, class Acc, class Out>
 void execute_impl(const Backend<E>& be, const ColumnSum<Acc, Out, Space::host>& op, Arena<>) {
   constexpr int width = 16;
   const Index blocks = (op.out.cols + width - 1) / width;
-  be.run(op.out.rows * blocks, [&op, blocks](Index job, Index) {
+  const detail::Crew crew(be, op.values.rows, op.out.rows * op.out.cols * Index{sizeof(Out)});
+  crew.run(op.out.rows * blocks, [&op, blocks](Index job, Index) {
     const Index c = job % blocks * width, left = op.out.cols - c;
     op.template block<width>(job / blocks, c, left < width ? left : width);
   });

@@ -4,7 +4,7 @@
 ///              prefix, the packets up to which it reaches) the tokens whose gate is open there, in order; behind the groups
 ///              the tokens of none.
 /// Reads:       ids and prefix of a GateForm.
-/// Writes:      begin [chunks, groups + 2], entries [chunks, chunk · most], and which groups have tokens [chunks, 1 + groups].
+/// Writes:      begin [chunks, groups + 2], entries [chunks, chunk · most], and which groups have tokens [chunks, 1 + min(groups, chunk · most)].
 /// Errors:      none: the form was checked.
 /// Cost:        O(T·k + chunks·groups).
 /// Determinism: groups ascend, tokens ascend inside a group.
@@ -109,6 +109,10 @@ class Selection {
   bool share_ranks() const { return !by_ids(); }
   /// Groups of one token, at most, and at least one: none is a list, too.
   Index most() const { return by_ids() && !in_pairs_ ? larger(1, gate_.ids.cols) : 1; }
+  /// Ranks that all tokens together reach, at most.
+  Index most_open() const {
+    return elements(tokens(), elements(gate_.ids.cols == 0 ? 1 : gate_.ids.cols, most_ranks()));
+  }
   /// Packets of sums of the largest group.
   Index most_packets() const { return (in_pairs_ ? 2 : 1) * blocks_of(most_ranks(), width); }
   Index rank_begin(Index g) const { return by_ids() ? gate_.expert_begin(g) : 0; }

@@ -159,8 +159,7 @@ struct NormsOfRows {
 };
 
 template <class... T>
-inline constexpr bool all_stored = ((std::is_same_v<std::remove_const_t<T>, float> ||
-                                     is_16bit<std::remove_const_t<T>>)&&...);
+inline constexpr bool all_stored = (is_stored<std::remove_const_t<T>> && ...);
 
 /// The product on packets, or where the tuning says so the body, row by row.
 template <class E, class Body, class Product>

@@ -5,7 +5,8 @@
 /// Reads:       left [T, R], W [R, d] in either order; the second pair [T, n], [n, d].
 /// Adds to:     y [T, d], or assigns: one rounding per element.
 /// Errors:      none: ops/expand.hpp and ops/shrink.hpp check.
-/// Cost:        one pass over y. T > 64: blocks of weights copied so that they lie together in L2. T ≤ 64: as they lie.
+/// Cost:        one pass over y. Blocks of weights copied so that they lie together in L2; rank by rank and
+///              T ≤ 64: as they lie.
 /// Determinism: a row of y depends on its rows of `left` only, and not on threads.
 /// Example:     ops/expand.hpp
 #pragma once

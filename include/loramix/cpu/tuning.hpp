@@ -4,8 +4,8 @@
 /// Parameters:  Tuning, a member of cpu::Backend.
 /// Errors:      none.
 /// Cost:        none.
-/// Determinism: which kernel runs, and in which order it sums, depends on shapes, scalars, gate, class and Tuning; never on
-///              data, on the number of threads, on the number of tokens inside a class.
+/// Determinism: the order of an element's sum depends on shapes, scalars, gate, class and Tuning; never on data, on the
+///              number of threads, on the number of tokens inside a class. Which of two kernels with the same bits runs may.
 /// Example:     docs/how-to/tune.md
 #pragma once
 #include <loramix/core/views.hpp>
@@ -38,9 +38,9 @@ struct Tuning {
   Path path = Path::automatic;
   Order order = Order::by_class;
   Grouping grouping = Grouping::automatic;
-  Index sweep = 1024;            // columns of x or y in one sweep over few tokens, or over those of an expert
-  Index weights = 128 * 1024;    // values of a block of packed weights, which stays in L2 during its sweep
-  Index tokens_per_sum = 96;     // tokens added to dA, dB before their sums leave the registers
+  Index sweep = 1024;  // columns of x or y in one sweep over few tokens, or over those of an expert; of a piece of dY
+  Index weights = 128 * 1024;  // values of a block of packed weights, which stays in L2 during its sweep
+  Index tokens_per_sum = 96;   // tokens added to dA, dB before their sums leave the registers, where no list says which
   Index serial_bytes = 1 << 17;  // T ≤ 4: weights below which other threads are not worth waking
 };
 

@@ -1,0 +1,107 @@
+// What a query says of some tokens is enough for any call with fewer: workspace is made once, for the largest batch.
+#include <doctest/doctest.h>
+
+#include <string>
+#include <vector>
+
+#include <loramix/cpu/cpu.hpp>
+#include <loramix/ops/expand.hpp>
+#include <loramix/ops/shrink.hpp>
+
+#include "cpu/on_host.hpp"
+
+using namespace loramix_test;
+
+namespace {
+
+constexpr lm::Space host = lm::Space::host;
+constexpr Index most_tokens = 4200;
+
+/// Sizes are all that a query reads, and whether there is a view.
+template <class V>
+V sized(Index rows, Index cols) {
+  static float somewhere[4];
+  return {reinterpret_cast<decltype(V::data)>(somewhere), rows, cols};
+}
+
+struct Gate {
+  Index experts, rank, chosen;  // none chosen: prefixes, or, of one expert, no selection
+  bool prefix = false;
+  Index ranks() const { return experts * rank; }
+  lm::GateForm<float> form(Index tokens) const {
+    static const std::int32_t id = 0;
+    lm::GateForm<float> f{.tokens = tokens, .ranks = ranks(), .experts = experts};
+    if (chosen != 0) f.ids = {&id, tokens, chosen};
+    if (prefix) f.prefix = {&id, tokens};
+    return f;
+  }
+};
+
+/// f(bytes of every product) of so many tokens.
+template <class T, lm::Major M, class F>
+void each_query(const lm::cpu::Backend<>& be, const Gate& gate, Index tokens, Index d_in, Index d_out, const F& f) {
+  const Index R = gate.ranks(), n = 8;
+  const auto form = gate.form(tokens);
+  const auto x = sized<lm::MatrixView<const T>>(tokens, d_in), dy = sized<lm::MatrixView<const T>>(tokens, d_out);
+  const auto A = sized<lm::MatrixView<const T>>(R, d_in), side = sized<lm::MatrixView<const T>>(n, d_in);
+  const auto B = sized<lm::MatrixView<const T, host, M>>(d_out, R);
+  const auto u = sized<lm::MatrixView<float>>(tokens, R), h = sized<lm::MatrixView<float>>(tokens, n);
+  f("shrink", lm::scratch_bytes(be, lm::Shrink<T, T, float, float, host>{A, side, x, {}, u, h, form}));
+  f("expand", lm::scratch_bytes(
+                  be, lm::Expand<float, T, T, float, host, M>{u, form, B, 1, sized<lm::MatrixView<T>>(tokens, d_out)}));
+  f("expand_backward",
+    lm::scratch_bytes(be, lm::ExpandBackward<float, T, T, float, float, host, M>{
+                              u, form, B, 1, dy, u, sized<lm::MatrixView<float, host, M>>(d_out, R)}));
+  lm::ShrinkBackward<T, T, float, float, float, host> back{A, side, x, {}, u, h};
+  back.dA = sized<lm::MatrixView<float>>(R, d_in);
+  back.dside = sized<lm::MatrixView<float>>(n, d_in);
+  back.dx = sized<lm::MatrixView<T>>(tokens, d_in);
+  back.select = form;
+  f("shrink_backward", lm::scratch_bytes(be, back));
+}
+
+/// f(tokens) for numbers at which something changes, and others.
+std::vector<Index> numbers_of_tokens() {
+  std::vector<Index> all;
+  for (Index t = 1; t <= 300; ++t) all.push_back(t);
+  for (Index t = 301; t <= most_tokens; t += t % 512 < 8 || t % 120 < 4 ? 1 : 3) all.push_back(t);
+  return all;
+}
+
+}  // namespace
+
+TEST_CASE_TEMPLATE("scratch for many tokens is enough for fewer", T, float, lm::bfloat16) {
+  const std::vector<Gate> gates{{1, 8, 0},   {1, 64, 0}, {8, 16, 2},   {8, 8, 2},     {16, 16, 2},      {4, 16, 1},
+                                {64, 16, 2}, {64, 4, 1}, {512, 16, 2}, {1024, 16, 2}, {1, 64, 0, true}, {20, 8, 1}};
+  using Tuning = lm::cpu::Tuning;
+  const std::vector<Tuning> tunings{{}, {.grouping = lm::cpu::Grouping::grouped}, {.sweep = 64, .weights = 640}};
+  for (const Gate& gate : gates) {
+    for (const Index d : {256, 1024}) {
+      CAPTURE(gate.experts);
+      CAPTURE(gate.rank);
+      CAPTURE(gate.chosen);
+      CAPTURE(d);
+      std::vector<Index> most(8 * tunings.size(), 0);
+      Index falls = 0;
+      for (const Index tokens : numbers_of_tokens()) {
+        std::size_t i = 0;
+        const auto grows = [&](const char* op, Index bytes) {
+          if (bytes < most[i]) {
+            if (falls++ == 0)
+              MESSAGE(std::string(op) << ": " << bytes << " bytes for " << tokens << " tokens, " << most[i]
+                                      << " for fewer");
+          } else {
+            most[i] = bytes;
+          }
+          ++i;
+        };
+        for (const Tuning& tuning : tunings) {
+          const lm::cpu::Backend<> be{{}, tuning};
+          each_query<T, lm::Major::column>(be, gate, tokens, d, 2 * d, grows);
+          each_query<T, lm::Major::row>(be, gate, tokens, d, 2 * d, grows);
+        }
+      }
+      CHECK(falls == 0);
+    }
+  }
+}
