@@ -1,6 +1,8 @@
-// What a query says of some tokens is enough for any call with fewer: workspace is made once, for the largest batch.
+// What a query says of some tokens is enough for any call with fewer, for workspace is made once, for the largest batch; and no
+// product writes behind what its query said.
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -8,7 +10,9 @@
 #include <loramix/ops/expand.hpp>
 #include <loramix/ops/shrink.hpp>
 
+#include "conformance/gates.hpp"
 #include "cpu/on_host.hpp"
+#include "support/seed.hpp"
 
 using namespace loramix_test;
 
@@ -102,6 +106,72 @@ TEST_CASE_TEMPLATE("scratch for many tokens is enough for fewer", T, float, lm::
         }
       }
       CHECK(falls == 0);
+    }
+  }
+}
+
+TEST_CASE_TEMPLATE("scratch for ranks and side rows is enough for either alone", T, float, lm::bfloat16) {
+  const lm::cpu::Backend<> be;
+  Index less = 0;
+  for (const Index ranks : {1, 8, 17, 64, 128, 224, 300}) {
+    for (const Index rows : {1, 8, 32, 100}) {
+      for (const Index d : {100, 600, 2100}) {
+        for (const Index tokens : {4, 64, 65, 72, 600}) {
+          const auto A = sized<lm::MatrixView<const T>>(ranks, d), side = sized<lm::MatrixView<const T>>(rows, d);
+          const auto x = sized<lm::MatrixView<const T>>(tokens, d);
+          const auto u = sized<lm::MatrixView<float>>(tokens, ranks), h = sized<lm::MatrixView<float>>(tokens, rows);
+          const auto forward = [&](const auto& a, const auto& s) {
+            return lm::scratch_bytes(be, lm::Shrink<T, T, float, float, host>{a, s, x, {}, u, h});
+          };
+          const auto backward = [&](const auto& a, const auto& s) {
+            lm::ShrinkBackward<T, T, float, float, float, host> op{a, s, x, {}, u, h};
+            op.dA = sized<lm::MatrixView<float>>(a.rows, d), op.dside = sized<lm::MatrixView<float>>(s.rows, d);
+            op.dx = sized<lm::MatrixView<T>>(tokens, d);
+            return lm::scratch_bytes(be, op);
+          };
+          const lm::MatrixView<const T> none{nullptr, 0, d};
+          less += forward(A, side) < std::max(forward(A, none), forward(none, side)) ? 1 : 0;
+          less += backward(A, side) < std::max(backward(A, none), backward(none, side)) ? 1 : 0;
+        }
+      }
+    }
+  }
+  CHECK(less == 0);
+}
+
+TEST_CASE_TEMPLATE("no product writes behind its scratch", T, float, lm::bfloat16) {
+  Random random(seed(77));
+  const auto below = [&](Index n) { return draw_below(random, n); };
+  for (int i = 0; i < 60; ++i) {
+    // Blocks of weights so small that ranks, side rows and both together go by sweeps of different width.
+    lm::cpu::Tuning tuning{.grouping = static_cast<lm::cpu::Grouping>(below(3))};
+    tuning.weights = Index{640} << below(8), tuning.sweep = Index{64} << below(5);
+    const Index tokens = 1 + below(below(2) == 0 ? 8 : 300), d_in = 1 + below(900), d_out = 1 + below(900);
+    const Index experts = 1 + below(12), rank = 1 + below(20), ranks = experts * rank;
+    const lm::cpu::Backend<> be{{}, tuning};
+    CAPTURE(tuning.weights);
+    CAPTURE(tuning.sweep);
+    CAPTURE(tokens);
+    CAPTURE(d_in);
+    CAPTURE(d_out);
+    CAPTURE(experts);
+    CAPTURE(rank);
+    for (const GateSpec& spec : gate_specs()) {
+      if (spec.computed || spec.mixed_ranks || below(3) != 0) continue;
+      CAPTURE(spec.name);
+      Inputs<T> in = draw_inputs<T>(random, tokens, d_in, d_out, ranks);
+      in.side = drawn<lm::Matrix<T>>(random, below(2) * below(30), d_in);
+      if (below(2) == 0) in.dropout = lm::make_dropout("test", 0.25, {.seed = 1, .site = 2, .step = 3});
+      CpuHarness<> memory;
+      LoweredGate<CpuHarness<>, float> gate(memory, draw_gate(random, spec, tokens, experts, rank), 1);
+      const Outputs<T> out = product(be, in, gate.form());
+      lm::Matrix<float> u(tokens, ranks), dA(ranks, d_in);
+      lm::Matrix<T> dx(tokens, d_in);
+      run_on_host(be, lm::Shrink<T, T, float, float, host>{in.A, {}, in.x, in.dropout, u, {}, gate.form()});
+      run_on_host(be,
+                  lm::ShrinkBackward<T, T, float, float, float, host>{
+                      in.A, {}, in.x, in.dropout, out.du, {}, dA, {}, dx, lm::Into::set, lm::Into::set, gate.form()});
+      CHECK(largest(out.y) < 1e30);  // NaN is not
     }
   }
 }
