@@ -140,7 +140,7 @@ void run_spread(const Backend<E>& be, const Spread<Y, W, M>& spread, MatrixView<
 template <class E, class X, class G, Major M>
 void run_token_sum(const Backend<E>& be, const TokenSum<X, G, M>& sum, MatrixView<float> scratch) {
   if (sum.out.data == nullptr || sum.out.empty()) return;
-  const Crew crew(be, sum.left.rows, sum.ranks() * sum.out.cols * Index{sizeof(G)});
+  const Crew crew(be, sum.left.rows, 2 * sum.ranks() * sum.out.cols * Index{sizeof(G)});  // read and written
   const Cut columns(sum.out.cols, crew.lanes(), sum.sweep(), SumPanel::step),
       ranks(sum.ranks(), 1, sum.ranks_of_job, sum.rows);
   crew.run(columns.jobs * ranks.jobs, [&](Index i, Index lane) {
@@ -236,7 +236,7 @@ void run_grouped(const Backend<E>& be, const GroupedTokenSum<X, G, M>& sum, Matr
   if (sum.out.data == nullptr || sum.out.empty()) return;
   const Selection& s = *sum.selection;
   const Index groups = sum.groups_of_job(s), group_jobs = blocks_of(s.groups(), groups);
-  const Crew crew(be, s.tokens(), sum.out.rows * sum.out.cols * Index{sizeof(G)});
+  const Crew crew(be, s.tokens(), 2 * sum.out.rows * sum.out.cols * Index{sizeof(G)});
   const Cut columns(sum.out.cols, blocks_of(crew.lanes(), group_jobs), sum.sweep, SumPanel::step);
   crew.run(columns.jobs * group_jobs, [&](Index i, Index lane) {
     const Index c = i % columns.jobs, g = i / columns.jobs * groups;
