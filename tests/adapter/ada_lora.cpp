@@ -251,6 +251,45 @@ TEST_CASE("PEERS 3.16 and 1.13: layers without ranks are legal, alone and among 
   CHECK(value == 0);
 }
 
+TEST_CASE(
+    "a step that is not finite leaves the averages; saved and restored they choose the same; other layers are "
+    "refused") {
+  Layers l;
+  const lm::AdaBudgetOptions options{.total_steps = 10, .initial_budget = 3, .final_budget = 3};
+  lm::AdaBudget<A> budget(l.layers, options), resumed(l.layers, options);
+  const lm::cpu::Backend be;
+  budget.measure(be, l.layers, l.grads);
+  const double good = l.gradients[0].parameters()[1];
+  l.gradients[0].parameters()[1] = HUGE_VAL;
+  const lm::Clip skip{.finite = false}, take{};
+  const double before = budget.importance(0)[1];
+  budget.measure(be, l.layers, l.grads, &skip);
+  CHECK(budget.importance(0)[1] == before);
+  l.gradients[0].parameters()[1] = good;
+  for (Index i = 0; i < 3; ++i) {
+    for (Index k = 0; k < budget.importance(i).size; ++k) {
+      resumed.importance(i)[k] = budget.importance(i)[k];
+      resumed.uncertainty(i)[k] = budget.uncertainty(i)[k];
+    }
+  }
+  Layers m = l;
+  m.layers.clear(), m.grads.clear();
+  for (A& a : m.adapters) m.layers.push_back(&a);
+  for (Gradient& g : m.gradients) m.grads.push_back(&g);
+  budget.measure(be, l.layers, l.grads, &take);
+  resumed.measure(be, m.layers, m.grads);
+  CHECK(budget.prune(be, l.layers, 0));
+  CHECK(resumed.prune(be, m.layers, 0));
+  for (Index j = 0; j < 5; ++j) CHECK(budget.scores()[j] == resumed.scores()[j]);
+  for (std::size_t i = 0; i < 3; ++i) CHECK(same_parameters(l.adapters[i], m.adapters[i]));
+
+  A thin({.d_in = 1024, .d_out = 1024, .rank = 1}), square({.d_in = 32, .d_out = 32, .rank = 32});
+  REQUIRE(thin.parameters().size == square.parameters().size);
+  std::vector<A*> made_for{&thin}, others{&square};
+  lm::AdaBudget<A> of_thin(made_for, options);
+  check_error(lm::ErrorCode::shape, {"prune", "layer 0", "other shapes"}, [&] { of_thin.prune(be, others, 0); });
+}
+
 TEST_CASE("merge is W + s B diag(λ) A; undo is bitwise") {
   Batch<A> b(config, 9);
   lm::Matrix<float> weights = random_matrix<float>(11, 13, b.random);

@@ -1,6 +1,9 @@
 // Merging: against double loops, rounded once, undone to the last bit.
 #include "adapter/kinds.hpp"
 
+#include <loramix/adapter/ada_lora.hpp>
+#include <loramix/adapter/combine.hpp>
+
 namespace loramix_test {
 namespace {
 
@@ -143,6 +146,20 @@ TEST_CASE("undo restores NaN payloads, negative zeros and strided rows, and touc
   merged.undo(weights);
   CHECK(same_bits(memory, before));
   check_error(lm::ErrorCode::shape, {"undo", "weights"}, [&] { merged.undo(memory.view()); });
+}
+
+TEST_CASE("a rank scale that is not finite is refused before any write") {
+  lm::AdaLora<float> adapter({.d_in = 5, .d_out = 4, .rank = 3});
+  Random random(6);
+  fill_parameters(adapter, random);
+  lm::Matrix<float> weights = random_matrix<float>(4, 5, random);
+  const auto before = weights;
+  adapter.lambda()(0, 1) = static_cast<float>(nan);
+  check_error(lm::ErrorCode::value, {"merge", "rank scale is not finite at [1]"},
+              [&] { lm::merge(lm::cpu::Backend{}, adapter, weights.view()); });
+  CHECK(same_bits(weights, before));
+  check_error(lm::ErrorCode::value, {"weighted_sum", "rank scale is not finite at [1]"},
+              [&] { lm::weighted_sum({lm::Weighted<lm::AdaLora<float>>{&adapter}}); });
 }
 
 TEST_CASE_TEMPLATE("weights that are not finite, or do not fit, are refused before any write", K, LoraKind<float>,

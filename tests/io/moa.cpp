@@ -42,4 +42,31 @@ TEST_CASE("save and load: config, experts, router; a domain can be added afterwa
   }
 }
 
+TEST_CASE("numbers of a file that no tensor's shape holds are refused before memory is taken for them") {
+  const Folder folder;
+  using Moa = lm::Moa<float>;
+  const std::string path = folder / "moa";
+  lm::io::save(path, "m", Moa({.d_in = 7, .d_out = 5, .experts = 3, .rank = 2, .places = 6}));
+  const std::string good = loramix_test::get(path);
+  const auto refused = [&](const std::string& bytes, const lm::io::LoadOptions& options, const char* part) {
+    loramix_test::put(path, bytes);
+    std::string said;
+    try {
+      lm::io::load<Moa>(path, "m", options);
+    } catch (const lm::Error& error) {
+      said = error.what();
+    }
+    CHECK_MESSAGE(said.find(part) != std::string::npos, said);
+  };
+  const auto changed = [&](const std::string& from, const std::string& to) {
+    std::string bytes = good;
+    REQUIRE(bytes.find(from) != std::string::npos);
+    return bytes.replace(bytes.find(from), from.size(), to);
+  };
+  CHECK(lm::io::load<Moa>(path, "m", {.most_places = 6}).config().places == 6);
+  refused(good, {.most_places = 5}, "config field places is 6, above LoadOptions::most_places, 5");
+  refused(changed("experts\\\":3", "experts\\\":9"), {}, "is of 9 experts, but the file has 8 tensors");
+  refused(changed("pooling\\\":0", "pooling\\\":2"), {}, "config field pooling is 2, is none of its values, 0 to 1");
+}
+
 }  // namespace

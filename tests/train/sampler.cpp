@@ -34,6 +34,14 @@ TEST_CASE("probabilities of every rule") {
   }
 }
 
+TEST_CASE("however small the temperature, the largest data set has its share") {
+  const auto of = [](std::vector<Index> many) {
+    return lm::TaskSampler(many, {.by = lm::Sampling::temperature, .temperature = 5e-4}).probabilities();
+  };
+  CHECK(of({7, 7}) == std::vector<double>{0.5, 0.5});
+  CHECK(of({3, 7}) == std::vector<double>{0, 1});
+}
+
 TEST_CASE("draws are those of the counters: purpose 4, row = example, columns 0 and 1") {
   const std::uint64_t seed_ = seed(1);
   const lm::TaskSampler sampler(sizes, {.seed = seed_, .site = 77});

@@ -78,6 +78,7 @@ typename detail::lora_of<A>::type weighted_sum(std::span<const Weighted<A>> term
     }
     detail::check_finite(op, "A", down);
     detail::check_finite(op, "B", up);
+    detail::finite_rank_scale(op, *term.adapter);
     ranks += up.cols;
   }
   auto sum = detail::unscaled<typename detail::lora_of<A>::type>(d_in, d_out, ranks);

@@ -100,6 +100,17 @@ void merge_product(const Backend& be, MatrixView<const W> A, MatrixView<const W,
   }
 }
 
+/// Refuses a gate whose rank scale is not finite; returns it.
+template <class A>
+auto finite_rank_scale(const char* op, const A& adapter) {
+  const auto scale = adapter.gate().form(0, adapter.B().cols).rank_scale;
+  for (Index j = 0; j < scale.size; ++j) {
+    if (!is_finite(scale[j]))
+      fail(check::detail::about(ErrorCode::value, op, "the rank scale") << " is not finite at [" << j << "]");
+  }
+  return scale;
+}
+
 /// The checks of every product that is merged.
 template <class A, class T>
 void check_merge(const A& adapter, MatrixView<T> weights) {
@@ -158,10 +169,9 @@ Merged<T> merge(const Backend& be, const A& adapter, MatrixView<T> weights) {
   static_assert((Gate::facts.slots & ~static_cast<unsigned>(Slots::rank_scale)) == 0,
                 "loramix: merge folds a gate's rank scale; this gate fills other slots of the normal form");
   detail::check_merge(adapter, weights);
-  const auto up = adapter.B();
+  const auto rank_scale = detail::finite_rank_scale("merge", adapter);
   Merged<T> merged(weights, {});
-  detail::merge_product(be, adapter.A(), up, adapter.gate().form(0, up.cols).rank_scale, adapter.scale(), weights,
-                        merged.report);
+  detail::merge_product(be, adapter.A(), adapter.B(), rank_scale, adapter.scale(), weights, merged.report);
   detail::finish(merged.report, weights.rows * weights.cols);
   return merged;
 }

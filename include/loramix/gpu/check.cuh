@@ -12,9 +12,11 @@ namespace loramix {
 inline namespace LORAMIX_ABI {
 namespace gpu {
 
-/// Fails unless `status`, which `call` returned, is success.
+/// Fails unless `status`, which `call` returned, is success. CUDA's own memory of it is cleared: it would be read as that of the
+/// next launch, which was accepted.
 inline void check_cuda(const char* call, cudaError_t status) {
   if (status == cudaSuccess) return;
+  cudaGetLastError();
   Error error(ErrorCode::device);
   fail(error << "loramix: " << call << " failed: " << cudaGetErrorName(status) << ", " << cudaGetErrorString(status));
 }

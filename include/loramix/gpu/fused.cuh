@@ -203,11 +203,17 @@ void launch_shrink(const Backend& be, const ShrinkPlan& plan,
 template <class X, class W, class Acc, class Score>
 Index scratch(const Backend& be, const Shrink<X, W, Acc, Score, Space::device>& op) {
   return with_math<X, W>(be.tuning, [&](auto math) {
-    const int columns = padded_columns(op.A.rows, op.side.rows);
-    ShrinkTask<X, W> task;
-    task.columns = columns;
-    const ShrinkPlan plan = plan_shrink<decltype(math)>(be.tuning, op.x.rows, op.x.cols, columns, true);
-    return carved_bytes<Space::device>([&](DeviceArena& arena) { carve_partial(arena, plan, task); });
+    // Of both together and of either alone, as calls with jitter or a recomputed U have them: fewer columns may need more.
+    Index bytes = 0;
+    for (const int columns :
+         {padded_columns(op.A.rows, op.side.rows), padded_columns(op.A.rows, 0), padded_columns(0, op.side.rows)}) {
+      ShrinkTask<X, W> task;
+      task.columns = columns;
+      const ShrinkPlan plan = plan_shrink<decltype(math)>(be.tuning, op.x.rows, op.x.cols, columns, true);
+      const Index own = carved_bytes<Space::device>([&](DeviceArena& arena) { carve_partial(arena, plan, task); });
+      bytes = own > bytes ? own : bytes;
+    }
+    return bytes;
   });
 }
 
@@ -310,6 +316,7 @@ struct TokenSumPlan {
   Index blocks = 0, groups = 0;  // of columns, of rows
   Index chunk = tile_rows;       // tokens
   int chunks = 1;
+  Index most_chunks = 1;  // of any number of tokens up to these: rounding may give fewer tokens more
 };
 /// `steps`: of 16 rows, wanted or not, so that what is wanted changes no bit.
 template <class Math>
@@ -332,13 +339,14 @@ TokenSumPlan plan_token_sum(const Tuning& tuning, Index tokens, Index width, Ind
   if (least < token_chunk && tuning.block_bytes > streamed) least = token_chunk;
   const Index most = ceil_div(tuning.machine.multiprocessors, plan.blocks * plan.groups);
   const Index chunks = ceil_div(tokens, least);
-  plan.chunk = round_up(ceil_div(tokens, chunks < most ? chunks : most), tile_rows);
+  plan.most_chunks = chunks < most ? chunks : most;
+  plan.chunk = round_up(ceil_div(tokens, plan.most_chunks), tile_rows);
   plan.chunks = static_cast<int>(ceil_div(tokens, plan.chunk));
   return plan;
 }
-/// Room for the partial sums of any number of tokens up to that of the plan: chunks do not get more with fewer tokens.
+/// Room for the partial sums of any number of tokens up to that of the plan.
 inline float* carve_partial(DeviceArena& arena, const TokenSumPlan& plan, Index steps, Index width) {
-  return arena.take<float>(plan.chunks == 1 ? 0 : plan.chunks * steps * tile_step * round_up(width, 8));
+  return arena.take<float>(plan.most_chunks == 1 ? 0 : plan.most_chunks * steps * tile_step * round_up(width, 8));
 }
 
 template <class X, class G>
@@ -519,9 +527,14 @@ Index gradient_steps(const Op& op) {
 template <class X, class W, class Acc, class Score, class G>
 Index scratch(const Backend& be, const ShrinkBackward<X, W, Acc, Score, G, Space::device>& op) {
   return with_rank_math<X>(be.tuning, [&](auto math) {
-    const Index steps = gradient_steps(op);
-    const auto plan = plan_token_sum<decltype(math)>(be.tuning, op.x.rows, op.x.cols, steps);
-    return carved_bytes<Space::device>([&](DeviceArena& arena) { carve_partial(arena, plan, steps, op.x.cols); });
+    Index bytes = 0;  // as of shrink
+    for (const Index steps : {gradient_steps(op), ceil_div(op.A.rows, tile_step), ceil_div(op.side.rows, tile_step)}) {
+      const auto plan = plan_token_sum<decltype(math)>(be.tuning, op.x.rows, op.x.cols, steps);
+      const Index own =
+          carved_bytes<Space::device>([&](DeviceArena& arena) { carve_partial(arena, plan, steps, op.x.cols); });
+      bytes = own > bytes ? own : bytes;
+    }
+    return bytes;
   });
 }
 

@@ -166,7 +166,7 @@ class ShrinkBlock {
     const auto slices_of = [this](int begin, int end) {  // of columns [begin, end) of all
       const int first = max(begin - column, 0) / tile_cols,
                 last = (min(end - column, task.group) + tile_cols - 1) / tile_cols;
-      return last <= first ? 0u : (1u << last) - (1u << first);
+      return last <= first || end <= begin ? 0u : (1u << last) - (1u << first);
     };
     Chosen& to = chosen();
     if (threadIdx.x == 0) to.all = 0;

@@ -55,6 +55,7 @@ namespace io {
 struct LoadOptions {
   bool narrow = false;  // accept a dtype that the element type does not hold exactly
   bool check_finite = true;
+  Index most_places = 4096;  // of an adapter that reserves places for more experts than its file holds
 };
 
 /// An adapter that a file holds.
@@ -71,7 +72,7 @@ inline constexpr const char* version_key = "loramix.version";
 /// "[row, column]" of the first value that is not finite, or nothing.
 template <class View>
 std::string first_not_finite(View view) {
-  for (Index i = 0; i < view.rows; ++i) {
+  for (Index i = 0; i < view.rows && view.cols != 0; ++i) {
     for (Index j = 0; j < view.cols; ++j) {
       if (is_finite(view(i, j))) continue;
       std::string place(1, '[');  // as in shown()
@@ -108,6 +109,11 @@ std::string field_from_json(const nlohmann::json& value, T& field) {
   if constexpr (std::is_enum_v<T>) {
     std::underlying_type_t<T> number{};
     std::string problem = field_from_json(value, number);
+    if constexpr (requires { last_of(T{}); }) {
+      const auto last = static_cast<std::underlying_type_t<T>>(last_of(T{}));
+      if (problem.empty() && (number < 0 || number > last))
+        return "is none of its values, 0 to " + std::to_string(last);
+    }
     field = static_cast<T>(number);
     return problem;
   } else if constexpr (std::is_same_v<T, bool>) {
@@ -303,7 +309,7 @@ inline bool is_real(Dtype dtype) {
 
 template <class From, class View, class T>
 void copy_from(std::span<const std::byte> bytes, View view, T) {
-  for (Index i = 0; i < view.rows; ++i) {
+  for (Index i = 0; i < view.rows && view.cols != 0; ++i) {
     for (Index j = 0; j < view.cols; ++j) view(i, j) = narrow<T>(element<From>(bytes, i * view.cols + j));
   }
 }
@@ -348,7 +354,11 @@ void check_tensors(const Safetensors& file, const std::string& module, const A& 
     }
   };
   A::visit(adapter, [&](const char* parameter, auto view, ParameterGroup role) {
-    const Index experts = experts_of(adapter, role);
+    const Index experts = experts_of(adapter, role), held = static_cast<Index>(file.tensors().size());
+    if (experts > held) {
+      return problems.add("parameter " + std::string(parameter) + " is of " + std::to_string(experts) +
+                          " experts, but the file has " + std::to_string(held) + " tensors");
+    }
     if (experts != 0 && file.find(tensor_name(module, parameter)) != nullptr) {
       expected.push_back(tensor_name(module, parameter));
       return problems.add("tensor " + std::string(parameter) +
@@ -356,9 +366,10 @@ void check_tensors(const Safetensors& file, const std::string& module, const A& 
     }
     each_tensor(parameter, view, role, experts, check);
   });
+  std::sort(expected.begin(), expected.end());
   for (const Tensor& tensor : file.tensors()) {
     if (!belongs(file.metadata(), tensor.name, module)) continue;
-    if (std::find(expected.begin(), expected.end(), tensor.name) != expected.end()) continue;
+    if (std::binary_search(expected.begin(), expected.end(), tensor.name)) continue;
     problems.add("tensor " + printable(std::string_view(tensor.name).substr(module.size() + 1), 80) + " is unexpected");
   }
 }
@@ -369,6 +380,8 @@ void check_loadable() {
                 "loramix: io loads and saves adapters on the host; copy device adapters first");
   static_assert(dtype_of<typename A::element>::known,
                 "loramix: io loads and saves adapters of float, double, half or bfloat16");
+  if constexpr (requires { A::has_file; })
+    static_assert(A::has_file, "loramix: this adapter has no file of its own; save and load what it is made of");
 }
 
 inline Entry find_entry(const Safetensors& file, const std::string& module, const char* kind) {
@@ -448,6 +461,12 @@ A load_as(const Safetensors& file, const std::string& module, const typename A::
   using Outline = typename A::template rebind<detail::NoElement, Space::host>;
   detail::Problems problems;
   detail::check_tensors<T>(file, module, Outline(config), options.narrow, problems);
+  if constexpr (requires { config.places; }) {  // in no tensor's shape
+    if (config.places > options.most_places && config.places > config.experts) {
+      problems.add("config field places is " + std::to_string(config.places) + ", above LoadOptions::most_places, " +
+                   std::to_string(options.most_places));
+    }
+  }
   problems.fail_if_any(file.path(), module);
 
   A adapter(config);

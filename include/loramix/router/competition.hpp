@@ -31,6 +31,7 @@ enum class Competition {
   identity,  // ω = φ: collaboration only
   equal      // ω = M·1/E: no S
 };
+constexpr Competition last_of(Competition) { return Competition::equal; }
 
 namespace detail {
 template <class T>
@@ -48,6 +49,7 @@ LORAMIX_HD T silu_slope(T z) {
 
 /// What S is given.
 enum class Reads { token, sequence, task };
+constexpr Reads last_of(Reads) { return Reads::task; }
 
 /// What the gate leaves for backward. Rows are tokens, sequences (in room for T) or tasks.
 template <class Score, Space S>

@@ -22,6 +22,7 @@ inline namespace LORAMIX_ABI {
 
 /// What stands for a sequence.
 enum class Pooling { mean, last };
+constexpr Pooling last_of(Pooling) { return Pooling::last; }
 
 /// The sequences of a call, whose gates are made one by one.
 template <Space S = Space::host>

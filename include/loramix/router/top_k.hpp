@@ -30,8 +30,10 @@ inline namespace LORAMIX_ABI {
 
 /// What a logit becomes before it is a weight.
 enum class Scoring { softmax, sigmoid };
+constexpr Scoring last_of(Scoring) { return Scoring::sigmoid; }
 /// Which choices an expert keeps when it is full: earlier (token, slot) first, or larger weights first.
 enum class CapacityOrder { arrival, priority };
+constexpr CapacityOrder last_of(CapacityOrder) { return CapacityOrder::priority; }
 
 /// How a router chooses; the defaults are MixLoRA's and MoLA's.
 struct TopKRule {

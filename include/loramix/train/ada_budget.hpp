@@ -24,6 +24,7 @@
 
 #include <loramix/adapter/ada_lora.hpp>
 #include <loramix/ops/reparam.hpp>
+#include <loramix/train/clip.hpp>
 #include <loramix/train/groups.hpp>
 
 namespace loramix {
@@ -60,8 +61,10 @@ struct AdaMeasure {
   VectorView<const G, S> gradient;  // [n]
   VectorView<Acc, S> importance, uncertainty;
   Acc beta1, beta2;
+  const Clip* guard;
   template <Team Tm>
   LORAMIX_HD void operator()(const Tm& team, Index row) const {
+    if (guard != nullptr && !guard->finite) return;
     const Index begin = row * flat_chunk, left = weights.size - begin;
     team.each(left < flat_chunk ? left : flat_chunk, [&](Index k) {
       const Index i = begin + k;
@@ -202,16 +205,18 @@ class AdaBudget {
     }
     for (const A* layer : layers) {
       const Index size = layer->parameters().size;
-      layers_.push_back({Buffer<Acc, space>(size), Buffer<Acc, space>(size), ranks_});
+      layers_.push_back({Buffer<Acc, space>(size), Buffer<Acc, space>(size), ranks_, detail::layout_of(*layer)});
       ranks_ += layer->config().rank;
     }
     scores_ = Buffer<Acc, space>(ranks_);
     kept_ = Buffer<std::uint8_t, space>(ranks_);
   }
 
-  /// Every step, with the gradients of the whole loss and the weights they belong to.
+  /// Every step, with the gradients of the whole loss and the weights they belong to. Give `guard` what clip_norm returned: one
+  /// gradient that is not finite would stay in the averages for good; with a guard that says so nothing changes.
   template <class Backend>
-  void measure(const Backend& be, std::span<A* const> layers, std::span<gradient_t<A>* const> gradients) {
+  void measure(const Backend& be, std::span<A* const> layers, std::span<gradient_t<A>* const> gradients,
+               const Clip* guard = nullptr) {
     check_layers("measure", layers);
     check::same("measure", "gradients", "size", size_of(gradients), "the number of layers", size_of(layers));
     for (std::size_t i = 0; i < layers.size(); ++i) {
@@ -220,7 +225,7 @@ class AdaBudget {
       using Body = detail::AdaMeasure<typename A::element, typename A::precision::gradient, Acc, space>;
       for_rows<space>(be, detail::flat_rows(weights.size),
                       Body{weights, gradients[i]->parameters(), layers_[i].importance.view(),
-                           layers_[i].uncertainty.view(), Acc(options_.beta1), Acc(options_.beta2)});
+                           layers_[i].uncertainty.view(), Acc(options_.beta1), Acc(options_.beta2), guard});
     }
   }
 
@@ -264,11 +269,19 @@ class AdaBudget {
   VectorView<const Acc, space> scores() const { return scores_.view(); }
   VectorView<const std::uint8_t, space> kept() const { return kept_.view(); }
   Index budget(Index n) const { return budget_at(options_, n); }
+  /// All that training goes on from, to be saved and restored: the averages of layer i [parameters().size].
+  VectorView<Acc, space> importance(Index layer) {
+    return layers_.at(static_cast<std::size_t>(layer)).importance.view();
+  }
+  VectorView<Acc, space> uncertainty(Index layer) {
+    return layers_.at(static_cast<std::size_t>(layer)).uncertainty.view();
+  }
 
  private:
   struct Layer {
     Buffer<Acc, space> importance, uncertainty;
     Index first;
+    std::uint64_t layout;
   };
   template <class Spans>
   static Index size_of(const Spans& spans) {
@@ -279,6 +292,9 @@ class AdaBudget {
     for (std::size_t i = 0; i < layers.size(); ++i) {
       check::same(op, "a layer", "size", layers[i]->parameters().size, "the size of the one it was made for",
                   layers_[i].importance.size());
+      if (detail::layout_of(*layers[i]) == layers_[i].layout) continue;
+      fail(check::detail::about(ErrorCode::shape, op, "layer")
+           << " " << static_cast<Index>(i) << " has parameters of other shapes than the one this budget was made for");
     }
   }
 

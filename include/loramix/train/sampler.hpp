@@ -57,9 +57,10 @@ class TaskSampler {
       fail(check::detail::about(ErrorCode::value, op, "temperature")
            << " is " << text << ", must be above 0 and finite");
     }
-    double sum = 0;
+    double sum = 0, most = 0;
+    for (const Index size : sizes_) most = std::max(most, static_cast<double>(size) / all);
     for (const Index size : sizes_) {
-      probabilities_.push_back(weight(static_cast<double>(size) / all));
+      probabilities_.push_back(weight(static_cast<double>(size) / all, most));
       sum += probabilities_.back();
     }
     for (double& p : probabilities_) p /= sum;
@@ -85,12 +86,13 @@ class TaskSampler {
   }
 
  private:
-  double weight(double q) const {
+  /// `most`: the largest q, which a small temperature must not take to 0.
+  double weight(double q, double most) const {
     switch (options_.by) {
       case Sampling::proportional:
         return q;
       case Sampling::temperature:
-        return std::pow(q, 1 / options_.temperature);
+        return std::pow(q / most, 1 / options_.temperature);
       case Sampling::softmax:
         return std::exp(q);
       case Sampling::uniform:
