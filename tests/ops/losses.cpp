@@ -372,6 +372,32 @@ TEST_CASE("losses on rows of any values: cross-entropy and squared error, set an
   }
 }
 
+TEST_CASE("weight 0 assigns a gradient of 0 where gradients are assigned") {
+  Router r(6, 4, 2, true);
+  const auto labels = labels_of(r);
+  for (const lm::Into into : {lm::Into::add, lm::Into::set}) {
+    for (Index i = 0; i < 24; ++i) r.dp.data()[i] = r.dlogits.data()[i] = 7;
+    lm::cross_entropy_loss(be, r.logits.view(), view(labels), r.dlogits.view(), {.weight = 0, .into = into}, r.work());
+    lm::squared_error_loss(be, r.logits.view(), r.p.view(), r.dp.view(), {.weight = 0, .into = into}, r.work());
+    for (Index i = 0; i < 24; ++i) {
+      CHECK(r.dlogits.data()[i] == (into == lm::Into::set ? 0 : 7));
+      CHECK(r.dp.data()[i] == (into == lm::Into::set ? 0 : 7));
+    }
+  }
+}
+
+TEST_CASE("a temperature that nothing can be divided by is refused") {
+  lm::Matrix<double> x(2, 3), e(2, 3), dx(2, 3), de(2, 3);
+  const std::vector<std::int32_t> labels{0, 1};
+  std::vector<std::byte> memory(static_cast<std::size_t>(lm::contrastive_workspace_bytes<double>(2, 2, 3)));
+  for (const double bad : {0., -1., nan_value, HUGE_VAL}) {
+    check_error(lm::ErrorCode::value, {"contrastive_loss", "temperature"}, [&] {
+      lm::contrastive_loss(be, x.view(), e.view(), view(labels), dx.view(), de.view(), {.temperature = bad},
+                           lm::Arena<>{memory});
+    });
+  }
+}
+
 TEST_CASE("16-bit logits and outputs are summed in float and stored once") {
   lm::Matrix<lm::bfloat16> y(3, 2), target(3, 2), dy(3, 2);
   for (Index i = 0; i < 6; ++i) y.data()[i] = lm::narrow<lm::bfloat16>(static_cast<double>(i));

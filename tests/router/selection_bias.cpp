@@ -1,6 +1,7 @@
 // The bias for selection: counts over valid tokens since the last update, moved by the sign of mean − load.
 #include <loramix/router/selection_bias.hpp>
 
+#include "core/caught.hpp"
 #include "router/routing.hpp"
 
 using namespace loramix_test;
@@ -27,6 +28,24 @@ TEST_CASE("the bias moves by gamma against the load of the valid tokens, and the
   CHECK(load == std::vector<Index>{2, 1, 2, 1});
   lm::update_selection_bias<lm::Space::host>(be, loads, biases, 0.125);  // the mean is 1.5
   CHECK(bias == std::vector<float>{0.25f, 0.375f, 0, -0.75f});
+}
+
+TEST_CASE("a mask or a bias that has an address or a size has both") {
+  const lm::cpu::Backend be;
+  const std::vector<std::int32_t> chosen{0, 1, 0, 3};
+  const std::vector<std::uint8_t> valid{1, 1};
+  std::vector<Index> load(4, 9);
+  const auto count = [&](lm::VectorView<const std::uint8_t> mask) {
+    lm::count_load<lm::Space::host>(be, {chosen.data(), 2, 2}, mask, {load.data(), 4});
+  };
+  check_error(lm::ErrorCode::shape, {"count_load", "valid", "0", "2"}, [&] { count({valid.data(), 0}); });
+  check_error(lm::ErrorCode::null, {"count_load", "valid"}, [&] { count({nullptr, 2}); });
+  CHECK(load == std::vector<Index>(4, 9));
+  const std::vector<float> bias(4);
+  const lm::TopKGate<double, double> gate{{nullptr, 4, 1}, {.k = 1}};
+  check_error(lm::ErrorCode::shape, {"test", "selection bias", "0", "4"}, [&] {
+    gate.check("test", {2, {}, lm::no_draws, {bias.data(), 0}});
+  });
 }
 
 TEST_CASE("a biased router spreads its load") {

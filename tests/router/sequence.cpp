@@ -117,4 +117,21 @@ TEST_CASE("without sequences every token is its own; groups by id are refused") 
               [&] { gate.check("test", {.tokens = 3, .batch = {.sequences = lm::Groups<>::by_id(ids, 1)}}); });
 }
 
+TEST_CASE("sequences that do not cover the tokens, overlap or count otherwise are refused") {
+  const Gate gate{{nullptr, 2, 1}, {}};
+  const auto refused = [&](lm::ErrorCode code, const lm::Groups<>& sequences) {
+    check_error(code, {"test", "sequences"},
+                [&] { gate.check("test", {.tokens = 5, .batch = {.sequences = sequences}}); });
+  };
+  const Index short_[] = {0, 3}, falling[] = {0, 4, 2, 5}, good[] = {0, 2, 5};
+  gate.check("test", {.tokens = 5, .batch = {.sequences = lm::Groups<>::by_segment(good, 2)}});
+  refused(lm::ErrorCode::shape, lm::Groups<>::by_segment(short_, 1));
+  refused(lm::ErrorCode::value, lm::Groups<>::by_segment(falling, 3));
+  refused(lm::ErrorCode::value, lm::Groups<>::by_segment(good, -1));
+  refused(lm::ErrorCode::null, lm::Groups<>::by_segment(nullptr, 2));
+  lm::Groups<> other = lm::Groups<>::by_segment(good, 2);
+  other.segments = 1;
+  refused(lm::ErrorCode::shape, other);
+}
+
 }  // namespace

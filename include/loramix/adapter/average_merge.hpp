@@ -108,7 +108,7 @@ AverageMerged<T> merge_average(const Backend& be, const A& adapter, MatrixView<T
   const char* const op = "merge_average";
   check::view(op, "x", x);
   check::same(op, "x", "columns", x.cols, "d_in of the adapter", adapter.A().cols);
-  if (!options.valid.empty()) check::same(op, "valid", "size", options.valid.size, "the number of tokens", x.rows);
+  detail::check_optional(op, "valid", options.valid, "the number of tokens", x.rows);
   if (options.save != nullptr || options.key.on) {
     fail(check::detail::about(ErrorCode::value, op, options.key.on ? "key" : "save")
          << " is given, but an average is of inference: nothing is drawn or saved");

@@ -96,7 +96,7 @@ void route(const Backend& be, const M& moa, MatrixView<const typename M::precisi
   const GateCall<S> call{x.rows, {options.sequences, {}, {}, options.valid}, no_draws};
   gate.check(op, call);
   check::same(op, "ids", "size", ids.size, "the number of sequences", SequenceRows<S>{call}.count());
-  if (!options.valid.empty()) check::same(op, "valid", "size", options.valid.size, "the number of tokens", x.rows);
+  detail::check_optional(op, "valid", options.valid, "the number of tokens", x.rows);
   work.require(op, "work", detail::without_alignment<M>(workspace_bytes(be, moa, x.rows)));
   const auto h = work.template matrix<typename Types::Score>(x.rows, gate.router.rows);
   auto state = gate.carve(work, x.rows, false);

@@ -580,7 +580,7 @@ Dropout begin_forward(const Backend& be, const A& adapter, X x, const Arena<A::s
       fail(check::detail::about(ErrorCode::value, op, "mask") << " is given, but this adapter keeps none");
     }
   }
-  if (!options.valid.empty()) check::same(op, "valid", "size", options.valid.size, "the number of tokens", x.rows);
+  check_optional(op, "valid", options.valid, "the number of tokens", x.rows);
   const Dropout dropout = make_dropout(op, adapter.dropout(), options.key);
   const Index work_bytes = without_alignment<A>(workspace_bytes(be, adapter, x.rows));
   work.require(op, "work", work_bytes);

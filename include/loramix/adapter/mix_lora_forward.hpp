@@ -245,7 +245,7 @@ MixLoraSaved<A> route(const Backend& be, const A& adapter,
   const char* const op = "route";
   check::view(op, "x", x);
   check::same(op, "x", "columns", x.cols, "d_in", adapter.config().d_in);
-  if (!options.valid.empty()) check::same(op, "valid", "size", options.valid.size, "the number of tokens", x.rows);
+  detail::check_optional(op, "valid", options.valid, "the number of tokens", x.rows);
   const Dropout dropout = make_dropout(op, adapter.dropout(), options.key);
   if (dropout.on() && (options.down_site == 0 || options.down_site == options.key.site)) {
     fail(check::detail::about(ErrorCode::value, op, "down_site")

@@ -18,6 +18,7 @@ inline namespace LORAMIX_ABI {
 
 /// How S begins.
 enum class Mixer : std::uint8_t { kaiming, orthogonal, identity };
+/// The largest number that a file may give for one.
 constexpr Mixer last_of(Mixer) { return Mixer::identity; }
 
 /// Sizes and scale.

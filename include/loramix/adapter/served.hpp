@@ -56,7 +56,6 @@ class Served {
   template <class U, Space V = S>
   using rebind = Served<P, V, U>;
   static constexpr Space space = S;
-  static constexpr bool has_file = false;  // its LoRAs have, each
   static constexpr const char* kind = "served";
 
   explicit Served(const Config& config)

@@ -68,6 +68,12 @@ inline void at_least(const char* op, const char* argument, Index got, Index leas
   fail(detail::about(ErrorCode::value, op, argument) << " is " << got << ", must be at least " << least);
 }
 
+/// A number that is divided by.
+inline void above_zero(const char* op, const char* argument, double got) {
+  if (got > 0 && got - got == 0) return;
+  fail(detail::about(ErrorCode::value, op, argument) << " must be above 0 and finite");
+}
+
 /// Sizes not negative, stride not shorter than a row, address present, extent inside 63 bits.
 template <class T, Space S, Major M>
 void view(const char* op, const char* argument, MatrixView<T, S, M> v) {

@@ -24,6 +24,18 @@ struct Batch {
   LORAMIX_HD constexpr bool is_valid(Index t) const { return valid.data == nullptr || valid[t] != 0; }
 };
 
+namespace detail {
+
+/// A view that is optional: [size] where it is given, which an address says as well as a size.
+template <class T, Space S>
+void check_optional(const char* op, const char* argument, VectorView<T, S> v, const char* what, Index size) {
+  if (v.data == nullptr && v.size == 0) return;
+  check::view(op, argument, v);
+  check::same(op, argument, "size", v.size, what, size);
+}
+
+}  // namespace detail
+
 /// One call, as a computed gate sees it.
 template <Space S = Space::host>
 struct GateCall {

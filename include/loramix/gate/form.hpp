@@ -226,6 +226,11 @@ namespace detail {
 template <class Score, Space S>
 void check_groups(const char* op, const char* slot, const Groups<S>& groups, Index tokens, Index rows) {
   check::same(op, slot, "rows", rows, "the number of groups", groups.size(tokens));
+  if (groups.offsets != nullptr) {
+    check::at_least(op, slot, groups.segments, 0);
+    if (groups.of_segment == nullptr)
+      check::same(op, slot, "segments", groups.segments, "the number of groups", groups.count);
+  }
   if (groups.ids == nullptr && groups.offsets == nullptr && groups.count != 0 && tokens != 0) {
     fail(check::detail::about(ErrorCode::null, op, slot)
          << " has " << groups.count << " groups, but null ids of the " << tokens << " tokens");

@@ -27,6 +27,9 @@
 namespace loramix {
 inline namespace LORAMIX_ABI {
 
+template <class P, Space S, class T>
+class Served;
+
 namespace io::detail {
 /// An element type that takes no memory: an adapter rebound to it tells names and shapes of a config that nobody trusts.
 struct NoElement {};
@@ -374,14 +377,19 @@ void check_tensors(const Safetensors& file, const std::string& module, const A& 
   }
 }
 
+/// Whether a config says all of an adapter but its parameters.
+template <class A>
+inline constexpr bool has_file = true;
+template <class P, Space S, class T>
+inline constexpr bool has_file<Served<P, S, T>> = false;
+
 template <Adapter A>
 void check_loadable() {
   static_assert(A::space == Space::host,
                 "loramix: io loads and saves adapters on the host; copy device adapters first");
   static_assert(dtype_of<typename A::element>::known,
                 "loramix: io loads and saves adapters of float, double, half or bfloat16");
-  if constexpr (requires { A::has_file; })
-    static_assert(A::has_file, "loramix: this adapter has no file of its own; save and load what it is made of");
+  static_assert(has_file<A>, "loramix: what is served has no file; save and load its LoRAs");
 }
 
 inline Entry find_entry(const Safetensors& file, const std::string& module, const char* kind) {

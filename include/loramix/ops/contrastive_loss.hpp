@@ -214,6 +214,7 @@ loss_value_t<accumulation_t<X>, S> contrastive_loss(const Backend& be, MatrixVie
   check::view(op, "x", x);
   check::shape(op, "embeddings", embeddings, "the number of tasks", embeddings.rows, "the columns of x", x.cols);
   check::at_least(op, "the number of tasks", embeddings.rows, 1);
+  check::above_zero(op, "temperature", options.temperature);
   if (!sequences.per_token() && (sequences.offsets == nullptr || sequences.of_segment != nullptr)) {
     fail(check::detail::about(ErrorCode::value, op, "sequences") << " must be segments, each its own");
   }

@@ -96,7 +96,7 @@ struct LogitSlopes {
   template <Team Tm>
   LORAMIX_HD void operator()(const Tm& team, Index t) const {
     using std::exp;
-    if (!in(t)) {
+    if (!in(t) || weight == Acc(0)) {
       if (into == Into::set) team.each(logits.cols, [&](Index c) { dlogits(t, c) = narrow<T>(Acc(0)); });
       return;
     }
@@ -124,7 +124,7 @@ void check_labels(const char* op, VectorView<const std::int32_t, S> labels, Inde
   }
 }
 
-/// Value and gradient of either; weight 0: the value only.
+/// Value and gradient of either; weight 0: the value, and with Into::set a gradient of 0.
 template <class Backend, class T, class Acc, Space S>
 loss_value_t<Acc, S> logit_loss(const Backend& be, const char* op, MatrixView<const T, S> logits,
                                 const CountedRows<S>& in, MatrixView<T, S> dlogits, double weight, Into into,
@@ -135,7 +135,7 @@ loss_value_t<Acc, S> logit_loss(const Backend& be, const char* op, MatrixView<co
   sum_terms(be, scratch);
   const auto place = value_place(scratch, value);
   for_rows<S>(be, 1, MeanValue<Acc, S>{scratch.sums, Acc(1), place});
-  if (weight != 0) {
+  if (dlogits.data != nullptr && (weight != 0 || into == Into::set)) {
     for_rows<S>(
         be, logits.rows,
         LogitSlopes<T, Acc, S>{logits, in, scratch.terms, scratch.sums, dlogits, static_cast<Acc>(weight), into});

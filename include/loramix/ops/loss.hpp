@@ -113,10 +113,7 @@ void check_value_place(const char* op, VectorView<Score, S> value) {
 }
 template <Space S>
 void check_mask(const char* op, VectorView<const std::uint8_t, S> valid, Index rows) {
-  if (valid.data != nullptr || valid.size != 0) {
-    check::view(op, "valid", valid);
-    check::same(op, "valid", "size", valid.size, "the number of rows", rows);
-  }
+  check_optional(op, "valid", valid, "the number of rows", rows);
 }
 
 /// values [rows, E] and the place of their gradient.

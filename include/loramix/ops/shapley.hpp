@@ -292,6 +292,7 @@ loss_value_t<score_t<F>, space_of<F>> shapley_loss(const Backend& be, const F& f
   const char* const op = "shapley_loss";
   const Scores<Score, S>& scores = detail::source_of<F>::scores(from);
   detail::check_scores(op, "logits", scores.logits, "dlogits", scores.dlogits, options.weight, scores.valid);
+  check::above_zero(op, "temperature", options.temperature);
   check::shape(op, "phi", phi, "the rows of the logits", scores.logits.rows, "the number of experts",
                scores.logits.cols);
   if (options.weight != 0) check::disjoint(op, "dlogits", scores.dlogits, "phi", phi);

@@ -59,7 +59,7 @@ struct SquaredErrorSlopes {
 
   template <Team Tm>
   LORAMIX_HD void operator()(const Tm& team, Index t) const {
-    if (!counts(valid, t)) {
+    if (!counts(valid, t) || weight == Acc(0)) {
       if (into == Into::set) team.each(y.cols, [&](Index c) { dy(t, c) = narrow<T>(Acc(0)); });
       return;
     }
@@ -96,7 +96,7 @@ loss_value_t<accumulation_t<T>, S> squared_error_loss(const Backend& be, MatrixV
   detail::sum_terms(be, scratch);
   const auto place = detail::value_place(scratch, options.value);
   for_rows<S>(be, 1, detail::MeanValue<Acc, S>{scratch.sums, static_cast<Acc>(from.cols), place});
-  if (dy.data != nullptr && options.weight != 0) {
+  if (dy.data != nullptr && (options.weight != 0 || options.into == Into::set)) {
     for_rows<S>(be, from.rows,
                 detail::SquaredErrorSlopes<T, Acc, S>{from, to, options.valid, scratch.sums, dy,
                                                       static_cast<Acc>(options.weight), options.into});

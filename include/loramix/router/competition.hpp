@@ -31,6 +31,7 @@ enum class Competition {
   identity,  // ω = φ: collaboration only
   equal      // ω = M·1/E: no S
 };
+/// The largest number that a file may give for one.
 constexpr Competition last_of(Competition) { return Competition::equal; }
 
 namespace detail {
@@ -49,6 +50,7 @@ LORAMIX_HD T silu_slope(T z) {
 
 /// What S is given.
 enum class Reads { token, sequence, task };
+/// The largest number that a file may give for one.
 constexpr Reads last_of(Reads) { return Reads::task; }
 
 /// What the gate leaves for backward. Rows are tokens, sequences (in room for T) or tasks.

@@ -25,12 +25,15 @@ inline namespace LORAMIX_ABI {
 
 /// What a rank is weighted with: the paper's equation, the authors' code, their words for learning rates, nothing.
 enum class RankLaw { paper_linear, code_squared, lr_linear, none };
+/// The largest number that a file may give for one.
 constexpr RankLaw last_of(RankLaw) { return RankLaw::none; }
 /// Which ranks a task uses.
 enum class RankChoice { argmax, random, subset };
+/// The largest number that a file may give for one.
 constexpr RankChoice last_of(RankChoice) { return RankChoice::subset; }
 /// What the straight-through multiplier's gradient reaches.
 enum class StraightThrough { probability, raw_logit, none };
+/// The largest number that a file may give for one.
 constexpr StraightThrough last_of(StraightThrough) { return StraightThrough::none; }
 
 /// The method and its ablations.

@@ -61,7 +61,7 @@ void count_load(const Backend& be, MatrixView<const std::int32_t, S> chosen, Vec
   const char* const op = "count_load";
   check::view(op, "chosen", chosen);
   check::view(op, "load", load);
-  if (!valid.empty()) check::same(op, "valid", "size", valid.size, "the number of tokens", chosen.rows);
+  detail::check_optional(op, "valid", valid, "the number of tokens", chosen.rows);
   for_rows<S>(be, load.size, detail::CountLoad<S>{chosen, valid, load});
 }
 

@@ -22,6 +22,7 @@ inline namespace LORAMIX_ABI {
 
 /// What stands for a sequence.
 enum class Pooling { mean, last };
+/// The largest number that a file may give for one.
 constexpr Pooling last_of(Pooling) { return Pooling::last; }
 
 /// The sequences of a call, whose gates are made one by one.
@@ -45,9 +46,8 @@ struct SequenceRows {
       fail(check::detail::about(ErrorCode::shape, op, "sequences")
            << " has " << count() << " segments, but the router has room for one per token, which are " << call.tokens);
     }
-    const auto& labels = call.batch.labels;
-    check::view(op, "labels", labels);
-    if (!labels.empty()) check::same(op, "labels", "size", labels.size, "the number of sequences", count());
+    detail::check_groups<float>(op, "sequences", sequences, call.tokens, count());
+    detail::check_optional(op, "labels", call.batch.labels, "the number of sequences", count());
   }
 
   /// logits(b, :) = the pooled rows of h, plus the bias where there is one.

@@ -14,7 +14,7 @@
 /// Writes:      State: logits, p [T, E]; ids, weights, chosen [T, k], assigned.
 /// Adds to:     dh [T, E or 2E].
 /// Errors:      k outside [1, E]; temperature, top_p, capacity or jitter out of range; a selection bias that is not [E].
-/// Cost:        O(T·(E + k·E)); capacity O(T·k·E), by priority O(T·k·T·k/E).
+/// Cost:        O(T·(E + k·E)); capacity O(T·k·E), by priority O((T·k)²).
 /// Determinism: a row depends on itself only, but for capacity, which depends on the batch by its nature. The same choice
 ///              on every device where logits agree.
 /// Example:     tests/router
@@ -30,9 +30,11 @@ inline namespace LORAMIX_ABI {
 
 /// What a logit becomes before it is a weight.
 enum class Scoring { softmax, sigmoid };
+/// The largest number that a file may give for one.
 constexpr Scoring last_of(Scoring) { return Scoring::sigmoid; }
 /// Which choices an expert keeps when it is full: earlier (token, slot) first, or larger weights first.
 enum class CapacityOrder { arrival, priority };
+/// The largest number that a file may give for one.
 constexpr CapacityOrder last_of(CapacityOrder) { return CapacityOrder::priority; }
 
 /// How a router chooses; the defaults are MixLoRA's and MoLA's.
@@ -129,15 +131,12 @@ struct TopKGate {
       if (!good) fail(check::detail::about(ErrorCode::value, op, what) << " must be " << range);
     };
     const double tau = rule.temperature, scale = rule.route_scale;
-    demand(tau > 0 && tau - tau == 0, "temperature", "above 0 and finite");
+    check::above_zero(op, "temperature", tau);
     demand(scale - scale == 0, "route_scale", "finite");
     demand(rule.top_p >= 0 && rule.top_p <= 1, "top_p", "in [0, 1]");
     demand(rule.capacity >= 0 && rule.capacity <= 1e6, "capacity", "in [0, 1e6]");
     demand(rule.jitter >= 0 && rule.jitter < 1, "jitter", "in [0, 1)");
-    if (!call.selection_bias.empty()) {
-      check::view(op, "selection bias", call.selection_bias);
-      check::same(op, "selection bias", "size", call.selection_bias.size, "the number of experts", experts());
-    }
+    detail::check_optional(op, "selection bias", call.selection_bias, "the number of experts", experts());
   }
   State carve(Arena<S>& arena, Index tokens, bool training) const {
     State state;
