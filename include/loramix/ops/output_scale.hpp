@@ -153,7 +153,7 @@ void output_scale(const Backend& be, const OutputScale<In, C, Acc, Y, S>& op) {
   for_rows<S>(be, op.in.rows, op);
 }
 
-/// Bytes of workspace of the backward at `tokens` tokens of n columns.
+/// Bytes of the backward inside an arena (Arena::with_alignment gives those of a buffer) at `tokens` tokens of n columns.
 template <class Acc, Space S>
 Index output_scale_backward_bytes(Index tokens, Index n) {
   return carved_bytes<S>([&](Arena<S>& arena) { arena.template matrix<Acc>(tokens, n); });

@@ -129,7 +129,7 @@ struct PlanInvert : PlanPass<S> {
 
 }  // namespace detail
 
-/// Bytes of workspace that a plan of `choices` = T·k takes to make.
+/// Bytes inside an arena (Arena::with_alignment gives those of a buffer) that a plan of `choices` = T·k takes to make.
 template <Space S>
 Index plan_scratch_bytes(Index choices, Index experts) {
   return carved_bytes<S>(

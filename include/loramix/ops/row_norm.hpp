@@ -123,7 +123,7 @@ void carve(Arena<S>& arena, DoraNorms<Base, W, Acc, S>& op) {
 }
 }  // namespace detail
 
-/// Bytes of workspace of dora_norms; reads sizes only.
+/// Bytes of dora_norms inside an arena (Arena::with_alignment gives those of a buffer); reads sizes only.
 template <class Backend, class Base, class W, class Acc, Space S>
 Index dora_norms_bytes(const Backend& be, DoraNorms<Base, W, Acc, S> op) {
   return carved_bytes<S>([&](Arena<S>& arena) { detail::carve(arena, op); }) + detail::dora_product_bytes(be, op);
