@@ -46,7 +46,7 @@ struct SequenceRows {
       fail(check::detail::about(ErrorCode::shape, op, "sequences")
            << " has " << count() << " segments, but the router has room for one per token, which are " << call.tokens);
     }
-    detail::check_groups<float>(op, "sequences", sequences, call.tokens, count());
+    detail::check_groups<float>(op, "sequences", sequences, call.tokens, sequences.size(call.tokens));
     detail::check_optional(op, "labels", call.batch.labels, "the number of sequences", count());
   }
 
