@@ -130,7 +130,7 @@ TEST_CASE("sequences that do not cover the tokens, overlap or count otherwise ar
   refused(lm::ErrorCode::value, lm::Groups<>::by_segment(good, -1));
   refused(lm::ErrorCode::null, lm::Groups<>::by_segment(nullptr, 2));
   lm::Groups<> other = lm::Groups<>::by_segment(good, 2);
-  other.segments = 1;
+  other.count = 3;
   refused(lm::ErrorCode::shape, other);
 }
 

@@ -358,7 +358,7 @@ struct DotContraction {
         return f(from);
       }
     }
-    DotRows<float, M> from;
+    DotRows<float, M> from;  // unrolled: addresses that a loop with a branch fills stay in memory
     unroll<M>([&](int m)
                   __attribute__((always_inline)) { from.p[m] = x.row(t + m, k, length, block + m * pitch(length)); });
     f(from);

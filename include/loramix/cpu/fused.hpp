@@ -216,10 +216,9 @@ void run_grouped(const Backend<E>& be, const GroupedContraction<X, W, M>& job, M
 template <class E, class Y, class W, Major M>
 void run_grouped(const Backend<E>& be, const GroupedSpread<Y, W, M>& spread, MatrixView<float> lanes) {
   const Selection& s = *spread.selection;
-  const Index columns = spread.all.y.cols;
+  const Index columns = spread.all.y.cols, ranks = spread.all.ranks();
   const bool natural = spread.natural(be.tuning, s);
-  const Index sweep = spread.sweep_of(be.tuning, s, spread.all.ranks(), columns);
-  const Index ranks = spread.all.ranks();
+  const Index sweep = spread.sweep_of(be.tuning, s, ranks, columns);
   const Crew crew(be, s.tokens(),
                   smaller(s.most_open() + spread.all.second.w.rows, ranks) * columns * Index{sizeof(W)});
   const Index lanes_used = crew.lanes();
