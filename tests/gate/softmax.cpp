@@ -1,4 +1,4 @@
-// The rows of SoftmaxGate: values and gradient against the reference, ties, infinities, NaN.
+// The rows of SoftmaxGate: values and gradient against the reference, ties, infinities, NaN; temperatures that it refuses.
 #include <doctest/doctest.h>
 
 #include <cmath>
@@ -7,6 +7,7 @@
 
 #include <loramix/gate/softmax.hpp>
 
+#include "core/caught.hpp"
 #include "reference/gate_data.hpp"
 #include "support/seed.hpp"
 
@@ -54,5 +55,14 @@ TEST_CASE("softmax at the edges") {
     std::vector<double> logits{1, 2, 3};
     logits[place] = not_a_number;
     for (const double p : softmax(logits, 1)) CHECK(std::isnan(p));
+  }
+}
+
+TEST_CASE("a temperature that divides to infinity or NaN is refused") {
+  lm::SoftmaxGate<> gate{};
+  gate.check("op", {});
+  for (const float refused : {0.0F, -1.0F, static_cast<float>(inf), static_cast<float>(not_a_number)}) {
+    gate.temperature = refused;
+    check_error(lm::ErrorCode::value, {"op", "temperature"}, [&] { gate.check("op", {}); });
   }
 }

@@ -116,6 +116,11 @@ TEST_CASE("a call without tasks, or with others, is refused and named") {
     gate.check("op", {2, {.tasks = lm::Groups<>::by_id(ids, 3)}});
   });
   gate.check("op", {2, {.tasks = lm::Groups<>::by_id(ids, 2)}});
+  lm::TaskSoftmaxGate<const float, float> other = gate;
+  other.temperature = 0;
+  check_error(Code::value, {"op", "temperature"}, [&] {
+    other.check("op", {2, {.tasks = lm::Groups<>::by_id(ids, 2)}});
+  });
 }
 
 }  // namespace

@@ -4,13 +4,14 @@
 /// Reads:       side [E, d_in]: one row per expert, no bias.
 /// Writes:      State::weights [T, E] (assigned).
 /// Adds to:     dh [T, E].
-/// Errors:      shapes are checked by the ops.
+/// Errors:      value: τ is not above 0 and finite; shapes are checked by the ops.
 /// Cost:        O(T·E) beside the side rows' 2·T·E·d_in flop; State of T·E scores.
 /// Determinism: a row depends on itself only; the order of its sums on the team's width.
 /// Example:     examples/train
 #pragma once
 #include <cmath>
 
+#include <loramix/core/check.hpp>
 #include <loramix/core/team.hpp>
 #include <loramix/gate/computed.hpp>
 
@@ -90,6 +91,7 @@ struct SoftmaxGate {
   Score temperature = Score(1);
 
   MatrixView<const W, S> side() const { return router; }
+  void check(const char* op, const GateCall<S>&) const { check::above_zero(op, "temperature", temperature); }
   State carve(Arena<S>& arena, Index tokens, bool training) const {
     State state{arena.template matrix<Score>(tokens, router.rows), {}};
     if (training) state.dp = arena.template matrix<Score>(tokens, router.rows);

@@ -7,7 +7,8 @@
 /// Reads:       router [E or more, d_in] (side rows), bias [1, E or more].
 /// Writes:      State: logits, p [sequences, E] in room for T rows; weights [T, E]; assigned.
 /// Adds to:     dh [T, side rows]; the gradient gate's bias, or assigns with Into::set.
-/// Errors:      sequences that are not segments, or more of them than tokens; labels that are not [sequences].
+/// Errors:      sequences that are not segments, or more of them than tokens; labels that are not [sequences];
+///              a temperature that is not above 0 and finite.
 /// Cost:        O(T·E) beside the side rows.
 /// Determinism: a sequence depends on its own rows only, summed in their order.
 /// Example:     tests/router
@@ -124,7 +125,10 @@ struct SequenceGate {
     }
     return state;
   }
-  void check(const char* op, const GateCall<S>& call) const { SequenceRows<S>{call, pooling}.check(op); }
+  void check(const char* op, const GateCall<S>& call) const {
+    check::above_zero(op, "temperature", temperature);
+    SequenceRows<S>{call, pooling}.check(op);
+  }
   GateForm<Score, S> form(const State& state, const GateCall<S>& call, Index ranks) const {
     return TokenExperts<Score, S>{state.weights}.form(call.tokens, ranks);
   }

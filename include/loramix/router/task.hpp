@@ -7,7 +7,7 @@
 /// Reads:       e [tasks, dim], W_g [E, dim], b_g [1, E]; the batch's tasks: groups of tokens, −1 = none.
 /// Writes:      State: logits, weights [tasks, E], assigned. A token of no task gets no expert.
 /// Adds to:     the gradient gate's e, W_g, b_g, or assigns with Into::set.
-/// Errors:      a batch that says no tasks, or another number of them.
+/// Errors:      a batch that says no tasks, or another number of them; a temperature that is not above 0 and finite.
 /// Cost:        2·tasks·E·dim flop, whatever the number of tokens; State of tasks·E scores.
 /// Determinism: a task depends on itself only; gradients sum tokens, then tasks, in a fixed order.
 /// Example:     tests/adapter/moe_lora.cpp
@@ -92,7 +92,10 @@ struct TaskSoftmaxGate {
 
   Index tasks() const { return scorer.tasks(); }
   MatrixView<W, S> side() const { return {}; }
-  void check(const char* op, const GateCall<S>& call) const { detail::check_tasks(op, call, tasks()); }
+  void check(const char* op, const GateCall<S>& call) const {
+    check::above_zero(op, "temperature", temperature);
+    detail::check_tasks(op, call, tasks());
+  }
   State carve(Arena<S>& arena, Index, bool training) const {
     const auto scores = [&] { return arena.template matrix<Score>(tasks(), scorer.columns()); };
     State state;
