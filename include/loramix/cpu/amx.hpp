@@ -221,6 +221,15 @@ inline void copy_row(const Input<bfloat16>& x, Index t, Index k, Index n, Index 
   for (; j < wide; ++j) to[j] = bfloat16{0};
 }
 
+/// What is read behind n tokens from t on, columns [c, c + sweep): the same tokens' next columns, or the next tokens' first.
+inline RowWalk behind(MatrixView<const bfloat16> rows, Index t, Index n, Index c, Index sweep) {
+  c += sweep;
+  if (c >= rows.cols) t += n, c = 0;
+  return {rows.row(t) + c, rows.stride, smaller(32, rows.rows - t), smaller(sweep, rows.cols - c)};
+}
+/// Pairs of its lines per product of two blocks: all are asked for while `ranks` go through tiles.
+constexpr Index pairs_per_block(Index ranks) { return larger(1, 16 / larger(1, ranks / 32)); }
+
 /// Ranks or tokens, rounded up to whole blocks of tiles.
 constexpr Index whole_tiles(Index n) { return round_up(n, TileBlock::columns); }
 /// Floats that all jobs share: packed weights [ranks, depth].
@@ -247,12 +256,12 @@ struct TileContraction {
     const Index ranks = whole_tiles(w.rows), n = smaller(32, out.rows - t);
     float* const sums = scratch;
     bfloat16* const block = reinterpret_cast<bfloat16*>(sums + 32 * ranks);
-    const Index pairs = larger(1, 16 / (ranks / 32));  // of lines, per step
+    const Index pairs = pairs_per_block(ranks);
     for (Index k = 0; k < w.cols; k += sweep) {
       const Index columns = smaller(sweep, w.cols - k), wide = round_up(columns, 32);
       for (Index i = 0; i < n; ++i) copy_row(x, t + i, k, columns, wide, block + i * pitch);
       std::fill(block + n * pitch, block + 32 * pitch, bfloat16{0});
-      RowWalk next = behind(t, n, k);
+      RowWalk next = behind(x.rows, t, n, k, sweep);
       for (Index r = 0; r < ranks; r += 32) {
         if (k == 0)
           TileBlock::clear();
@@ -273,14 +282,6 @@ struct TileContraction {
       over_packets(out.cols,
                    [&](Index j, auto lanes) { lanes.store(to + j, mul(splat(factor), load(sums + i * ranks + j))); });
     }
-  }
-
- private:
-  /// What is copied next: the same tokens' columns behind this sweep, or the next tokens' first ones.
-  RowWalk behind(Index t, Index n, Index k) const {
-    k += sweep;
-    if (k >= w.cols) t += n, k = 0;
-    return {x.rows.row(t) + k, x.rows.stride, smaller(32, x.rows.rows - t), smaller(sweep, w.cols - k)};
   }
 };
 
@@ -323,10 +324,11 @@ struct TileSpread {
     split(s.second.left, t, n, side, side_parts);
     for (Index c = 0; c < s.y.cols; c += sweep) {
       const Index columns = smaller(sweep, s.y.cols - c);
-      product(s.first.w, ranks, c, columns, packed, parts, sums, false);
+      RowWalk next = behind(s.y, t, n, c, sweep);
+      product(s.first.w, ranks, c, columns, packed, parts, sums, false, next);
       if (side != 0) {
         scale(t, n, c, columns, keep, sums);
-        product(s.second.w, side, c, columns, packed_side, side_parts, sums, true);
+        product(s.second.w, side, c, columns, packed_side, side_parts, sums, true, next);
         write(t, n, c, columns, splat(1), nullptr, sums);
       } else {
         if (s.dropout.on()) draw(t, n, c, columns, keep);
@@ -346,8 +348,8 @@ struct TileSpread {
     if (!twice) std::fill(low + n * padded, low + 32 * padded, bfloat16{0});
   }
   static void product(MatrixView<const bfloat16> w, Index ranks, Index c, Index columns, const bfloat16* packed,
-                      const bfloat16* parts, float* sums, bool add) {
-    const Index blocks = blocks_of(w.cols, 32);
+                      const bfloat16* parts, float* sums, bool add, RowWalk& next) {
+    const Index blocks = blocks_of(w.cols, 32), pairs = pairs_per_block(ranks);
     const bool once = fits_twice(w.rows);
     if (once) TileBlock::load_rows(parts, ranks);  // once for all columns
     for (Index j = 0; j < columns; j += 32) {
@@ -357,6 +359,7 @@ struct TileSpread {
         TileBlock::clear();
       for (Index r = 0; r < ranks; r += 32) {
         TileBlock::load_columns(packed + (r / 32 * blocks + (c + j) / 32) * 1024);
+        for (Index i = 0; i < pairs; ++i) next.step<1>(0);
         if (once) TileBlock::multiply();
         for (Index part = 0; !once && part < 2; ++part) {
           TileBlock::load_rows(parts + part * 32 * ranks + r, ranks);
@@ -444,7 +447,7 @@ struct TileTokenSum {
     bfloat16* const tiles = reinterpret_cast<bfloat16*>(sums + here * sweep);
     bfloat16* const dropped = tiles + chunk * sweep;  // [32, sweep]
     for (Index t0 = 0; t0 == 0 || t0 < left.rows; t0 += chunk) {
-      const Index n = smaller(chunk, left.rows - t0), pairs = larger(1, 16 / (here / 32));
+      const Index n = smaller(chunk, left.rows - t0), pairs = pairs_per_block(here);
       for (Index t = 0; t < n; t += 32) copy_tokens(t0 + t, c0, columns, tiles + t * blocks * 32, dropped);
       RowWalk next{x.rows.row(t0 + n) + c0, x.rows.stride, smaller(chunk, left.rows - t0 - n), columns};
       for (Index r = 0; r < here; r += 32) {
