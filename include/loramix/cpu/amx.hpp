@@ -105,6 +105,12 @@ struct TileBlock {
     Tiles::multiply<2, 5, 6>();
     Tiles::multiply<3, 5, 7>();
   }
+  /// The first 16 columns only.
+  [[gnu::always_inline]] static void multiply_half(const bfloat16* p) {
+    Tiles::load<6>(p, 64);
+    Tiles::multiply<0, 4, 6>();
+    Tiles::multiply<2, 5, 6>();
+  }
   [[gnu::always_inline]] static void load_sums(const float* p, Index stride) {
     Tiles::load<0>(p, 4 * stride);
     Tiles::load<1>(p + 16, 4 * stride);
@@ -116,6 +122,30 @@ struct TileBlock {
     Tiles::store<1>(p + 16, 4 * stride);
     Tiles::store<2>(p + 16 * stride, 4 * stride);
     Tiles::store<3>(p + 16 * stride + 16, 4 * stride);
+  }
+};
+
+/// 16 tokens × 64 columns: tiles 0 to 3; their factors 4 (rows) and 5 to 7 (columns, 16 after 16).
+struct TileStrip {
+  static constexpr Index rows = 16;
+
+  [[gnu::always_inline]] static void multiply(const bfloat16* p, Index stride, const bfloat16* columns) {
+    constexpr Index tile = Tiles::rows * Tiles::depth;
+    Tiles::load<4>(p, 2 * stride);
+    Tiles::load<5>(columns, 64);
+    Tiles::multiply<0, 4, 5>();
+    Tiles::load<6>(columns + tile, 64);
+    Tiles::multiply<1, 4, 6>();
+    Tiles::load<7>(columns + 2 * tile, 64);
+    Tiles::multiply<2, 4, 7>();
+    Tiles::load<5>(columns + 3 * tile, 64);
+    Tiles::multiply<3, 4, 5>();
+  }
+  [[gnu::always_inline]] static void store_sums(float* p, Index stride) {
+    Tiles::store<0>(p, 4 * stride);
+    Tiles::store<1>(p + 16, 4 * stride);
+    Tiles::store<2>(p + 32, 4 * stride);
+    Tiles::store<3>(p + 48, 4 * stride);
   }
 };
 
@@ -256,7 +286,53 @@ struct TileContraction {
     const Index ranks = whole_tiles(w.rows), n = smaller(32, out.rows - t);
     float* const sums = scratch;
     bfloat16* const block = reinterpret_cast<bfloat16*>(sums + 32 * ranks);
-    const Index pairs = pairs_per_block(ranks);
+    if (ranks <= 64 && n == 32 && !x.dropout.on())
+      read_in_place(t, packed, sums, block);
+    else
+      copy_and_read(t, n, packed, sums, block);
+    const float factor = factor_of(x.dropout, scale);
+    for (Index i = 0; i < n; ++i) {
+      float* const to = out.row(t + i);
+      over_packets(out.cols,
+                   [&](Index j, auto lanes) { lanes.store(to + j, mul(splat(factor), load(sums + i * ranks + j))); });
+    }
+  }
+
+ private:
+  /// Rows of x go into tiles as they lie and the sums stay there, in the order of copy_and_read.
+  void read_in_place(Index t, const bfloat16* packed, float* sums, bfloat16* block) const {
+    const Index ranks = whole_tiles(w.rows), whole = w.cols / 32 * 32;
+    if (whole < w.cols) {
+      for (Index i = 0; i < 32; ++i) copy_row(x, t + i, whole, w.cols - whole, 32, block + i * pitch);
+    }
+    const auto over_columns = [&](Index first_row, const auto& step) __attribute__((always_inline)) {
+      const bfloat16* columns = packed;
+      for (Index k = 0; k < whole; k += 32, columns += 32 * ranks)
+        step(x.rows.row(t + first_row) + k, x.rows.stride, columns);
+      if (whole < w.cols) step(block + first_row * pitch, pitch, columns);
+    };
+    if (ranks > 32) {
+      for (Index i = 0; i < 32; i += TileStrip::rows) {
+        TileBlock::clear();
+        over_columns(i, [](const bfloat16* rows, Index stride, const bfloat16* columns) {
+          TileStrip::multiply(rows, stride, columns);
+        });
+        TileStrip::store_sums(sums + i * ranks, ranks);
+      }
+      return;
+    }
+    TileBlock::clear();
+    over_columns(0, [half = w.rows <= 16](const bfloat16* rows, Index stride, const bfloat16* columns) {
+      TileBlock::load_rows(rows, stride);
+      if (half) return TileBlock::multiply_half(columns);
+      TileBlock::load_columns(columns);
+      TileBlock::multiply();
+    });
+    TileBlock::store_sums(sums, ranks);
+  }
+  /// With dropout, of fewer tokens, and of more ranks, which read a row many times.
+  void copy_and_read(Index t, Index n, const bfloat16* packed, float* sums, bfloat16* block) const {
+    const Index ranks = whole_tiles(w.rows), pairs = pairs_per_block(ranks);
     for (Index k = 0; k < w.cols; k += sweep) {
       const Index columns = smaller(sweep, w.cols - k), wide = round_up(columns, 32);
       for (Index i = 0; i < n; ++i) copy_row(x, t + i, k, columns, wide, block + i * pitch);
@@ -275,12 +351,6 @@ struct TileContraction {
         }
         TileBlock::store_sums(sums + r, ranks);
       }
-    }
-    const float factor = factor_of(x.dropout, scale);
-    for (Index i = 0; i < n; ++i) {
-      float* const to = out.row(t + i);
-      over_packets(out.cols,
-                   [&](Index j, auto lanes) { lanes.store(to + j, mul(splat(factor), load(sums + i * ranks + j))); });
     }
   }
 };
