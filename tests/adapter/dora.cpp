@@ -118,10 +118,10 @@ TEST_CASE("DoRA at its start equals the base bit for bit, and m starts at the no
 TEST_CASE("n = 0 gives m/n = 0: the row is W's negative, and no gradient is infinite") {
   Beside<double> c(5, false);
   const double s = c.b.adapter.scale();
-  for (Index col = 0; col < 13; ++col) {  // W_4 = −s (BA)_4
+  for (Index col = 0; col < 13; ++col) {  // W_4 = −s (BA)_4, but for rounding
     double sum = 0;
     for (Index j = 0; j < 3; ++j) sum += c.b.adapter.B()(4, j) * c.b.adapter.A()(j, col);
-    c.weights(4, col) = -(s * sum);
+    c.weights(4, col) = std::nextafter(-(s * sum), col % 2 == 0 ? 9.0 : -9.0);
   }
   lm::row_squares(c.b.be, lm::RowSquares<double, double, lm::Space::host>{c.weights, {c.squares.data(), 11}});
   auto y = c.b.zeros_y(), dx = c.b.zeros_dx();

@@ -1,8 +1,8 @@
 /// Norms of the rows of a frozen weight plus a low-rank change, without the change.
 ///
 /// Computes:    n_i = ‖w_i + s (BA)_i‖, n_i² = ‖w_i‖² + 2s⟨(W Aᵀ)_i, B_i⟩ + s²⟨(B(AAᵀ))_i, B_i⟩, ‖w_i‖² cached. A row
-///              whose terms nearly cancel (n² below 1 % of their sum) is summed directly, so that n = 0 is found and
-///              not 1e-4.
+///              whose terms nearly cancel (n² below 1 % of their sum) is summed directly, and n is 0 where that leaves no
+///              more than rounding would: not 1e-4, nor 1e-16.
 /// Source:      MATH.md section 4, DoRA; Liu et al. 2024, equation 5; huggingface/peft#3387.
 /// Reads:       W [d_out, d_in], squares [d_out] = ‖w_i‖² of row_squares(), A [r, d_in], B [d_out, r].
 /// Writes:      norms [d_out]; squares [d_out].
@@ -13,6 +13,8 @@
 /// Example:     tests/adapter/dora.cpp
 #pragma once
 #include <cmath>
+#include <limits>
+#include <type_traits>
 
 #include <loramix/ops/rows.hpp>
 #include <loramix/ops/shrink.hpp>
@@ -50,10 +52,22 @@ void row_squares(const Backend& be, const RowSquares<W, Acc, S>& op) {
   for_rows<S>(be, op.weights.rows, op);
 }
 
+namespace detail {
+/// The relative error of an operation; 0 for a scalar that says none.
+template <class Acc>
+constexpr double rounding_of() {
+  if constexpr (std::is_floating_point_v<Acc>)
+    return static_cast<double>(std::numeric_limits<Acc>::epsilon());
+  else
+    return 0;
+}
+}  // namespace detail
+
 /// The norms; as a row body it needs `mixed` and `gram`.
 template <class Base, class W, class Acc, Space S>
 struct DoraNorms {
   static constexpr const char* name = "dora_norms";
+  static constexpr double rounding = detail::rounding_of<Acc>();
   MatrixView<const Base, S> weights;        // [d_out, d_in]
   VectorView<const Acc, S> squares;         // [d_out]
   MatrixView<const W, S> A;                 // [r, d_in]
@@ -101,6 +115,8 @@ struct DoraNorms {
         const Acc w = widen<Acc>(weights(i, c)) + scale * change;
         return w * w;
       });
+      const Acc noise = Acc(rounding * static_cast<double>(A.rows + 2));
+      if (n2 <= noise * noise * (squares[i] + last)) n2 = Acc(0);
     }
     using std::sqrt;
     team.once([&] { norms[i] = sqrt(n2); });
