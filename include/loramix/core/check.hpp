@@ -69,8 +69,9 @@ inline void at_least(const char* op, const char* argument, Index got, Index leas
 }
 
 /// A number that is divided by.
-inline void above_zero(const char* op, const char* argument, double got) {
-  if (got > 0 && got - got == 0) return;
+template <class Score>
+void above_zero(const char* op, const char* argument, Score got) {
+  if (got > Score(0) && got - got == Score(0)) return;
   fail(detail::about(ErrorCode::value, op, argument) << " must be above 0 and finite");
 }
 
