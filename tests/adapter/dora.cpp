@@ -137,6 +137,18 @@ TEST_CASE("n = 0 gives m/n = 0: the row is W's negative, and no gradient is infi
   for (Index i = 0; i < grad.parameters().size; ++i) CHECK(std::isfinite(grad.parameters()[i]));
 }
 
+TEST_CASE("a norm that overflows is infinite, not 0") {
+  Beside<double> c(1, false);
+  c.b.adapter.B()(2, 0) = 1e200;
+  std::vector<double> norms(11);
+  const lm::DoraNorms<double, double, double, lm::Space::host> op{
+      c.weights, {c.squares.data(), 11}, c.b.adapter.A(), c.b.adapter.B(), c.b.adapter.scale(), {norms.data(), 11}};
+  Memory work(lm::dora_norms_bytes(c.b.be, op) + 64);
+  lm::dora_norms(c.b.be, op, work.arena());
+  CHECK(std::isinf(norms[2]));
+  CHECK(std::isfinite(norms[3]));
+}
+
 TEST_CASE("PEERS 3.17: the norms cost no d_out × d_in scratch, and agree with the direct sum also where terms cancel") {
   Beside<double> c(1, false);
   for (Index col = 0; col < 13; ++col) {  // row 2: W = −s BA + 1e-6

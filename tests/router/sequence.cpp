@@ -115,9 +115,13 @@ TEST_CASE("without sequences every token is its own; groups by id are refused") 
   const std::int32_t ids[3] = {};
   check_error(lm::ErrorCode::value, {"test", "sequences", "segments"},
               [&] { gate.check("test", {.tokens = 3, .batch = {.sequences = lm::Groups<>::by_id(ids, 1)}}); });
-  Gate other = gate;
-  other.temperature = -1;
-  check_error(lm::ErrorCode::value, {"test", "temperature"}, [&] { other.check("test", {.tokens = 3}); });
+}
+
+TEST_CASE("a temperature that is not above 0 is refused") {
+  Gate gate{{nullptr, 0, 1}, {}};
+  gate.check("test", {.tokens = 3});
+  gate.temperature = -1;
+  check_error(lm::ErrorCode::value, {"test", "temperature"}, [&] { gate.check("test", {.tokens = 3}); });
 }
 
 TEST_CASE("sequences that do not cover the tokens, overlap or count otherwise are refused") {

@@ -116,11 +116,16 @@ TEST_CASE("a call without tasks, or with others, is refused and named") {
     gate.check("op", {2, {.tasks = lm::Groups<>::by_id(ids, 3)}});
   });
   gate.check("op", {2, {.tasks = lm::Groups<>::by_id(ids, 2)}});
-  lm::TaskSoftmaxGate<const float, float> other = gate;
-  other.temperature = 0;
-  check_error(Code::value, {"op", "temperature"}, [&] {
-    other.check("op", {2, {.tasks = lm::Groups<>::by_id(ids, 2)}});
-  });
+}
+
+TEST_CASE("a temperature that is not above 0 is refused") {
+  const float e[] = {0, 1, 2, 3};
+  const std::int32_t ids[] = {0, 1};
+  const lm::GateCall<> call{2, {.tasks = lm::Groups<>::by_id(ids, 2)}};
+  lm::TaskSoftmaxGate<const float, float> gate{{{e, 2, 2}}};
+  gate.check("op", call);
+  gate.temperature = 0;
+  check_error(lm::ErrorCode::value, {"op", "temperature"}, [&] { gate.check("op", call); });
 }
 
 }  // namespace

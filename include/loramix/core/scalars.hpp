@@ -9,12 +9,24 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include <loramix/core/config.hpp>
 
 namespace loramix {
 inline namespace LORAMIX_ABI {
+
+namespace detail {
+/// The relative error of an operation; 0 for a scalar that says none.
+template <class Acc>
+constexpr double rounding_of() {
+  if constexpr (std::is_floating_point_v<Acc>)
+    return static_cast<double>(std::numeric_limits<Acc>::epsilon());
+  else
+    return 0;
+}
+}  // namespace detail
 
 /// 1 sign, 8 exponent, 7 mantissa bits.
 struct bfloat16 {

@@ -258,7 +258,7 @@ inline RowWalk behind(MatrixView<const bfloat16> rows, Index t, Index n, Index c
   return {rows.row(t) + c, rows.stride, smaller(32, rows.rows - t), smaller(sweep, rows.cols - c)};
 }
 /// Pairs of its lines per product of two blocks: all are asked for while `ranks` go through tiles.
-constexpr Index pairs_per_block(Index ranks) { return larger(1, 16 / larger(1, ranks / 32)); }
+constexpr Index pairs_per_block(Index ranks) { return blocks_of(16, larger(1, ranks / 32)); }
 
 /// Ranks or tokens, rounded up to whole blocks of tiles.
 constexpr Index whole_tiles(Index n) { return round_up(n, TileBlock::columns); }

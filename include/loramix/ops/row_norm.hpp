@@ -13,8 +13,6 @@
 /// Example:     tests/adapter/dora.cpp
 #pragma once
 #include <cmath>
-#include <limits>
-#include <type_traits>
 
 #include <loramix/ops/rows.hpp>
 #include <loramix/ops/shrink.hpp>
@@ -51,17 +49,6 @@ void row_squares(const Backend& be, const RowSquares<W, Acc, S>& op) {
   op.check();
   for_rows<S>(be, op.weights.rows, op);
 }
-
-namespace detail {
-/// The relative error of an operation; 0 for a scalar that says none.
-template <class Acc>
-constexpr double rounding_of() {
-  if constexpr (std::is_floating_point_v<Acc>)
-    return static_cast<double>(std::numeric_limits<Acc>::epsilon());
-  else
-    return 0;
-}
-}  // namespace detail
 
 /// The norms; as a row body it needs `mixed` and `gram`.
 template <class Base, class W, class Acc, Space S>
@@ -116,7 +103,7 @@ struct DoraNorms {
         return w * w;
       });
       const Acc noise = Acc(rounding * static_cast<double>(A.rows + 2));
-      if (n2 <= noise * noise * (squares[i] + last)) n2 = Acc(0);
+      if (n2 < noise * noise * (squares[i] + last)) n2 = Acc(0);  // not where both are infinite
     }
     using std::sqrt;
     team.once([&] { norms[i] = sqrt(n2); });

@@ -20,7 +20,6 @@
 /// Example:     tests/ops/shapley.cpp
 #pragma once
 #include <cmath>
-#include <limits>
 
 #include <loramix/core/draws.hpp>
 #include <loramix/ops/gate_rows.hpp>
@@ -160,7 +159,7 @@ struct ShapleyTerms {
   MatrixView<const Score, S> phi;  // [T, E]
   Score temperature;
   MatrixView<Score, S> terms;  // [T, 2]
-  static constexpr double rounding = 16 * static_cast<double>(std::numeric_limits<Score>::epsilon());
+  static constexpr double rounding = 16 * detail::rounding_of<Score>();
 
   /// ln softmax(φ̂/τ)_e is scale·φ_e − target, ln softmax(ℓ)_e is ℓ_e − own.
   struct Logs {
