@@ -290,6 +290,25 @@ TEST_CASE(
   check_error(lm::ErrorCode::shape, {"prune", "layer 0", "other shapes"}, [&] { of_thin.prune(be, others, 0); });
 }
 
+TEST_CASE("a gradient of another size is refused before the averages of any layer are written") {
+  Layers l;
+  const lm::cpu::Backend be;
+  lm::AdaBudget<A> budget(l.layers, {.total_steps = 10, .initial_budget = 3, .final_budget = 3});
+  budget.measure(be, l.layers, l.grads);
+  const auto values = [](auto average) { return std::vector<double>(average.data, average.data + average.size); };
+  const std::vector<double> importance = values(budget.importance(0)), uncertainty = values(budget.uncertainty(0));
+  l.grads[1] = l.grads[0];  // of layer 0, whose own is right
+  check_error(lm::ErrorCode::shape, {"measure", "a gradient"}, [&] { budget.measure(be, l.layers, l.grads); });
+  const auto same = [](auto average, const std::vector<double>& before) {
+    return std::memcmp(average.data, before.data(), before.size() * sizeof(double)) == 0;
+  };
+  CHECK(same(budget.importance(0), importance));
+  CHECK(same(budget.uncertainty(0), uncertainty));
+  l.grads[1] = &l.gradients[1];
+  budget.measure(be, l.layers, l.grads);
+  CHECK_FALSE(same(budget.importance(0), importance));
+}
+
 TEST_CASE("merge is W + s B diag(λ) A; undo is bitwise") {
   Batch<A> b(config, 9);
   lm::Matrix<float> weights = random_matrix<float>(11, 13, b.random);

@@ -158,7 +158,9 @@ TEST_CASE("refused before any write: nothing to average, draws, values that are 
   refused(Code::value, {"merge_average", "token 3", "not finite"}, x);
   b.x(3, 5) = 0;
   b.adapter.A()(1, 1) = static_cast<float>(nan);
-  refused(Code::value, {"A is not finite"}, x);
+  refused(Code::value, {"merge_average", "A is not finite"}, x);
+  check_error(Code::shape, {"merge_average", "weights", "10", "11"},
+              [&] { lm::merge_average(b.be, b.adapter, weights.view().row_range(0, 10), x); });
   lm::More<float> told_nothing({.d_in = 13, .d_out = 11, .tasks = 3, .rank = 4});
   check_error(Code::value, {"merge_average", "tasks"}, [&] { lm::merge_average(b.be, told_nothing, weights, x); });
 }

@@ -135,6 +135,9 @@ TEST_CASE("n = 0 gives m/n = 0: the row is W's negative, and no gradient is infi
   lm::backward(c.b.be, c.b.adapter, c.base, saved, c.b.x, c.b.dy, dx, grad, c.b.work.arena());
   CHECK(grad.magnitude()(0, 4) == 0);
   for (Index i = 0; i < grad.parameters().size; ++i) CHECK(std::isfinite(grad.parameters()[i]));
+  auto merged = c.weights;
+  lm::merge(c.b.be, c.b.adapter, merged);
+  for (Index col = 0; col < 13; ++col) CHECK(merged(4, col) == 0);
 }
 
 TEST_CASE("a norm that overflows is infinite, not 0") {
@@ -269,6 +272,9 @@ TEST_CASE("wrong calls are refused before any write") {
   refused(Code::shape, {"forward", "W", "10", "11"}, {});
   c.base.squares = c.base.squares.part(0, 10);
   refused(Code::shape, {"forward", "squares", "10", "11"}, {});
+  c.base.passed = {nullptr, y.rows(), y.cols()};
+  check_error(Code::null, {"backward", "passed"},
+              [&] { lm::backward(c.b.be, c.b.adapter, c.base, saved, c.b.x, c.b.dy, dx, grad, c.b.work.arena()); });
   c.base.passed = y;
   check_error(Code::value, {"backward", "passed"},
               [&] { lm::backward(c.b.be, c.b.adapter, c.base, saved, c.b.x, c.b.dy, dx, grad, c.b.work.arena()); });

@@ -57,6 +57,18 @@ TEST_CASE_TEMPLATE("forward refuses wrong calls, and nothing is written or reser
   }
   refused(Code::value, {"forward", "key", "dropout"},
           [&] { lm::forward(b.be, b.adapter, x, ok, work, {.save = &reserve}); });
+  if constexpr (lm::ProductAdapter<A>) {
+    const auto with_mask = [&](void* at) {
+      const lm::MatrixView<std::uint8_t> mask{static_cast<std::uint8_t*>(at), 9, lm::mask_bytes(in)};
+      return [&b, &reserve, x, ok, work, mask] {
+        lm::forward(b.be, b.adapter, x, ok, work, {.save = &reserve, .key = b.key, .mask = mask});
+      };
+    };
+    lm::Arena<> of_work = work, of_reserve = reserve;
+    refused(Code::alias, {"mask", "work"}, with_mask(of_work.matrix<float>(1, 1).data));
+    if (kept != 0) refused(Code::alias, {"mask", "save"}, with_mask(of_reserve.matrix<float>(1, 1).data));
+    refused(Code::alias, {"mask", "y"}, with_mask(y.data()));
+  }
 }
 
 TEST_CASE_TEMPLATE("backward refuses what does not belong together, and writes nothing", K, LoraKind<float>,

@@ -135,5 +135,29 @@ TEST_CASE("three lanes change no bit, a step allocates nothing, frozen gives the
   CHECK(reserve.used() == 0);
 }
 
+TEST_CASE("a null address with a size is an error, not something that is not wanted") {
+  using Code = lm::ErrorCode;
+  Layer layer(9, false);
+  const auto before = Layer::matrix(base_output(grid(layer.x), grid(layer.weights)));
+  auto y = before;
+  lm::Arena<> reserve = layer.reserve.arena();
+  auto saved = lm::forward(layer.be, layer.adapter, before, y, layer.work.arena(), {.save = &reserve});
+  auto grad = lm::zeros_like(layer.adapter);
+  const lm::MatrixView<double> nowhere{nullptr, 9, 11};
+  check_error(Code::null, {"backward", "dx", "[9, 11]"}, [&] {
+    lm::backward(layer.be, layer.adapter, saved, before, layer.dy, nowhere, grad, layer.work.arena());
+  });
+  const lm::VectorView<const double> l{layer.adapter.l().data, 11};
+  using Scale = lm::OutputScale<double, double, double, double, lm::Space::host>;
+  using Back = lm::OutputScaleBackward<double, double, double, double, lm::Space::host>;
+  check_error(Code::null, {"output_scale", "delta", "[9, 11]"}, [&] { Scale{l, before, nowhere, y}.check(); });
+  check_error(Code::null, {"output_scale", "sum", "[9, 11]"}, [&] { Scale{l, before, {}, y, nowhere}.check(); });
+  check_error(Code::null, {"output_scale_backward", "sum", "[9, 11]"}, [&] { Back{l, nowhere, before}.check(); });
+  check_error(Code::null, {"output_scale_backward", "passed", "[9, 11]"}, [&] {
+    Back{l, {}, before, nowhere}.check();
+  });
+  CHECK(grad.l()(0, 0) == 0);
+}
+
 }  // namespace
 }  // namespace loramix_test

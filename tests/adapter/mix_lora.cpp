@@ -646,6 +646,14 @@ TEST_CASE("bad input is refused at the door") {
     lm::route(be, e.mix, e.x, small, e.work.arena(), e.options);
   });
   CHECK(reserve.used() == 0);
+  lm::Arena<> within = e.work.arena();
+  check_error(Code::alias, {"route", "reserve", "work"},
+              [&] { lm::route(be, e.mix, e.x, within, e.work.arena(), e.options); });
+  CHECK(within.used() == 0);
+  const auto inside = e.work.arena().matrix<double>(9, 7);
+  check_error(Code::alias, {"route", "work", "x"},
+              [&] { lm::route(be, e.mix, inside, reserve, e.work.arena(), e.options); });
+  CHECK(reserve.used() == 0);
   auto saved = route();
   check_error(Code::shape, {"mix_experts", "v", "12", "13"},
               [&] { lm::mix(be, e.mix, saved, e.u, narrow, e.hbar, e.work.arena()); });

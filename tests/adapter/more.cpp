@@ -373,6 +373,24 @@ TEST_CASE("the contrastive loss trains embeddings beside the product: both gradi
   CHECK_MESSAGE(report.ok(), report.text());
 }
 
+TEST_CASE("backward refuses a gradient of other shapes, though it is padded to the same size") {
+  lm::MoreConfig config = small({}, false), other = config;
+  config.rank = other.rank = 8;
+  config.tasks = 4;  // logits [4, 8] and [3, 8] both take 32 places
+  Batch<lm::More<double>> b(config, 9);
+  auto grad = lm::zeros_like(b.adapter), wrong = lm::zeros_like(lm::More<double>(other));
+  const auto before = wrong;
+  REQUIRE(wrong.parameters().size == grad.parameters().size);
+  auto y = b.zeros_y(), dx = b.zeros_dx();
+  lm::Arena<> reserve = b.memory.arena();
+  auto saved = b.forward(y, {.save = &reserve, .key = b.key, .tasks = groups_of(mixed, 4)});
+  check_error(lm::ErrorCode::shape, {"backward", "grad", "other shapes"}, [&] { b.backward(saved, dx, wrong); });
+  CHECK(same_parameters(wrong, before));
+  CHECK(same_bits(dx, b.zeros_dx()));
+  b.backward(saved, dx, grad);
+  CHECK_FALSE(same_bits(dx, b.zeros_dx()));
+}
+
 TEST_CASE("B = 0 at the start: nothing is added, and only B has a gradient") {
   Batch<lm::More<double>> b(small(), 9);
   lm::initialise(b.adapter, {.seed = seed(5)});

@@ -108,7 +108,22 @@ TEST_CASE("wrong batches are refused before any write") {
   refused(Code::value, {"sequences", "3", "4"}, y, {0, 4, 3, 9});
   refused(Code::shape, {"y", "13", "15"}, y, {0, 2, 4, 9});
   refused(Code::shape, {"columns", "4", "5"}, y.view().col_range(0, 4), {0, 4, 9});
-  check_error(Code::value, {"Prompt", "rank"}, [] { A({.d_in = 5, .rows = -1}); });
+  const Index offsets[] = {0, 4, 9};
+  const auto groups = lm::Groups<>::by_segment(offsets, 2);
+  auto dx = random_matrix<double>(9, 5, random), dprompt = random_matrix<double>(2, 5, random);
+  const auto dx_before = dx, dprompt_before = dprompt;
+  const auto backward = [&](lm::MatrixView<double> to_prompt, lm::MatrixView<double> to_x) {
+    return [&be, &y, groups, to_prompt, to_x] {
+      lm::prepend_rows_backward<double>(be, lm::MatrixView<const double>(y), groups, 2, to_prompt, lm::Into::add, to_x,
+                                        lm::Into::add);
+    };
+  };
+  check_error(Code::null, {"prepend_rows_backward", "dprompt", "[2, 5]"}, backward({nullptr, 2, 5}, dx));
+  check_error(Code::null, {"prepend_rows_backward", "dx", "[9, 5]"}, backward(dprompt, {nullptr, 9, 5}));
+  CHECK(same_bits(dx, dx_before));
+  CHECK(same_bits(dprompt, dprompt_before));
+  check_error(Code::value, {"Prompt", "rows is -1"}, [] { A({.d_in = 5, .rows = -1}); });
+  check_error(Code::value, {"Prompt", "d_in is -5"}, [] { A({.d_in = -5}); });
 }
 
 }  // namespace

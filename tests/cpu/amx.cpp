@@ -105,4 +105,15 @@ TEST_CASE("tiles: a token's row does not depend on the batch it is in") {
   }
 }
 
+TEST_CASE("tiles: memory for many tokens serves few, which take the packets") {
+  cpu::AmxBackend<> be;
+  be.granted = true;  // nothing runs: a workspace is a matter of sizes
+  const lm::Mola<lm::Precision<lm::bfloat16, lm::bfloat16>> mola(
+      {.d_in = 1024, .d_out = 1024, .experts = 8, .rank = 16});
+  for (const lm::Pass pass : {lm::Pass::forward, lm::Pass::backward}) {
+    const Index all = lm::workspace_bytes(be, mola, 100, pass);
+    for (const Index few : {1, 4, 5, 10, 64, 65, 99}) CHECK(lm::workspace_bytes(be, mola, few, pass) <= all);
+  }
+}
+
 }  // namespace loramix_test

@@ -12,6 +12,24 @@
 
 using namespace loramix_test;
 
+TEST_CASE("U does not depend on side rows: activations that are computed again without them are the same") {
+  using Op = lm::Shrink<float, float, float, float, host>;
+  Random random(seed(76));
+  constexpr Index d = 301, tokens = 70;
+  const lm::cpu::Backend<> be{};
+  for (const Index ranks : {3, 5, 6, 9, 10, 12, 13, 18, 24, 40, 56}) {
+    for (const Index rows : {3, 8}) {
+      CAPTURE(ranks);
+      CAPTURE(rows);
+      Guarded<float> A(random, ranks, d), side(random, rows, d), x(random, tokens, d);
+      lm::Matrix<float> u(tokens, ranks), alone(tokens, ranks), h(tokens, rows);
+      run_on_host(be, Op{A.view(), side.view(), x.view(), {}, u, h, {}});
+      run_on_host(be, Op{A.view(), {}, x.view(), {}, alone, {}, {}});
+      CHECK(std::equal(u.data(), u.data() + tokens * ranks, alone.data()));
+    }
+  }
+}
+
 TEST_CASE("ranks and side rows that end inside a packet") {
   using Op = lm::Shrink<float, float, float, float, host>;
   Random random(seed(75));

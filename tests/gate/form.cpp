@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include <loramix/gate/form.hpp>
+#include <loramix/gate/gates.hpp>
 
 #include "conformance/gates.hpp"
 #include "core/caught.hpp"
@@ -207,6 +207,18 @@ TEST_CASE("check_form refuses what a form must not be") {
   f = good;
   f.tokens = 3;
   refuses(lm::ErrorCode::shape, {"tokens", "3", "4"}, f);
+
+  // A slot that has columns was meant to be there: ids without an address would open every expert.
+  f = lm::OneExpert<double>{.ids = {}, .groups = {}, .experts = 3}.form(tokens, ranks);
+  refuses(lm::ErrorCode::null, {"the_op", "gate ids", "null address"}, f);
+  f = lm::TopKExperts<double>{{nullptr, 0, 2}, {}, 3}.form(tokens, ranks);
+  refuses(lm::ErrorCode::null, {"the_op", "gate ids", "null address"}, f);
+  f = lm::TopKExperts<double>{{nullptr, tokens, 0}, {}, 3}.form(tokens, ranks);
+  refuses(lm::ErrorCode::null, {"the_op", "gate ids", "null address"}, f);
+  f = lm::TokenExperts<double>{{nullptr, 0, 3}}.form(tokens, ranks);
+  refuses(lm::ErrorCode::null, {"the_op", "gate weights", "null address"}, f);
+  f = lm::TopKExperts<double>{{bad_low, tokens, 0}, {}, 3}.form(tokens, ranks);
+  lm::check_form("the_op", f, tokens, ranks);  // k = 0 with an address: nothing is open
 
   // No tokens: an empty vector of ids has a null address, and that is no error.
   f = {};

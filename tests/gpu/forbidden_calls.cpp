@@ -23,12 +23,16 @@ int loramix_test::forbidden_calls() { return count; }
 int loramix_test::launches() { return launched; }
 
 extern "C" {
-// What <<<>>> becomes.
+// What <<<>>> becomes, and what gpu/launch.cuh calls.
 cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, std::size_t shared,
                                cudaStream_t stream) {
   using Launch = cudaError_t(cudaKernel_t, dim3, dim3, void**, std::size_t, cudaStream_t);
   return next("__cudaLaunchKernel", static_cast<Launch*>(nullptr), launched)(kernel, grid, block, arguments, shared,
                                                                              stream);
+}
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel, void** arguments) {
+  using Launch = cudaError_t(const cudaLaunchConfig_t*, const void*, void**);
+  return next("cudaLaunchKernelExC", static_cast<Launch*>(nullptr), launched)(config, kernel, arguments);
 }
 cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStream_t stream) {
   return next("cudaMemsetAsync", &cudaMemsetAsync, launched)(memory, value, bytes, stream);

@@ -1,5 +1,7 @@
 // What the conformance table leaves out: several chunks of tokens, precisions that widen everything, the dropout mask
 // itself, activations of closed experts that are not finite.
+#include <loramix/ops/draw_mask.hpp>
+
 #include "conformance/product.hpp"
 #include "gpu/harness.cuh"
 
@@ -115,6 +117,67 @@ TEST_CASE("the dropout mask is the host's, bit by bit") {
   }
   CHECK(wrong == 0);
   CHECK(std::abs(static_cast<double>(dropped) / (tokens * width) - 0.1) < 0.01);
+}
+
+namespace {
+
+/// Under the bits that were drawn before, in memory that ends with the last token, everything is as under those that are drawn when
+/// they are asked for.
+template <class X>
+void saved_bits_are_those_drawn(bool fused) {
+  constexpr Index tokens = 1030, width = 500, ranks = 24,
+                  side = 3;  // a chunk and six tokens; columns behind the last warp
+  GpuHarness gpu;
+  gpu.tuning.fused = fused;
+  const auto upload = [&](auto zero, Index rows, Index cols) {
+    std::vector<decltype(zero)> values(static_cast<std::size_t>(rows * cols));
+    for (std::size_t i = 0; i < values.size(); ++i) {
+      values[i] = lm::narrow<decltype(zero)>(static_cast<float>((i * 31 + 7) % 17) / 8 - 1);
+    }
+    return gpu.upload(values);
+  };
+  const lm::MatrixView<const X, device> A{upload(X{}, ranks, width), ranks, width},
+      S{upload(X{}, side, width), side, width}, x{upload(X{}, tokens, width), tokens, width};
+  const lm::MatrixView<const float, device> du{upload(0.0f, tokens, ranks), tokens, ranks},
+      dh{upload(0.0f, tokens, side), tokens, side};
+  const auto results = [&](const lm::Dropout& dropout) {
+    std::vector<float> all;
+    const auto take = [&](const auto* from, Index count) {
+      std::vector<std::remove_cv_t<std::remove_pointer_t<decltype(from)>>> values(static_cast<std::size_t>(count));
+      gpu.download(from, values);
+      for (const auto v : values) all.push_back(lm::widen<float>(v));
+    };
+    float* const u = upload(0.0f, tokens, ranks);
+    float* const h = upload(0.0f, tokens, side);
+    float* const dA = upload(0.0f, ranks, width);
+    float* const dside = upload(0.0f, side, width);
+    X* const dx = upload(X{}, tokens, width);
+    run(gpu, lm::Shrink<X, X, float, float, device>{A, S, x, dropout, {u, tokens, ranks}, {h, tokens, side}});
+    run(gpu, lm::ShrinkBackward<X, X, float, float, float, device>{
+                 A, S, x, dropout, du, dh, {dA, ranks, width}, {dside, side, width}, {dx, tokens, width}});
+    take(u, tokens * ranks);
+    take(h, tokens * side);
+    take(dA, ranks * width);
+    take(dside, side * width);
+    take(dx, tokens * width);
+    return all;
+  };
+  const lm::Dropout dropout = lm::make_dropout("test", 0.1, {.seed = 42, .site = 7, .step = 3, .first_token = 11});
+  lm::Buffer<std::uint8_t, device> bits(tokens * lm::mask_bytes(width));
+  const lm::Dropout saved =
+      lm::draw_mask(gpu.backend(), dropout, tokens, width,
+                    lm::MatrixView<std::uint8_t, device>{bits.data(), tokens, lm::mask_bytes(width)});
+  REQUIRE(saved.mask == bits.data());
+  CHECK(results(saved) == results(dropout));
+  CHECK(gpu.release());
+}
+
+}  // namespace
+
+TEST_CASE("a dropout mask that was saved is the one that is drawn") {
+  saved_bits_are_those_drawn<float>(true);
+  saved_bits_are_those_drawn<lm::bfloat16>(true);
+  saved_bits_are_those_drawn<float>(false);
 }
 
 TEST_CASE("what a closed expert computes goes nowhere") {

@@ -64,7 +64,7 @@ TeamResults<T> run_team(GpuHarness& gpu, const std::vector<T>& values) {
   TeamResults<T>* const out = gpu.upload(results);
   reduce_kernel<Tm><<<1, Tm::width, 0, gpu.stream()>>>(gpu.upload(values), static_cast<Index>(values.size()),
                                                        gpu.upload(values), out);
-  lm::gpu::check_launch("reduce_kernel");
+  lm::gpu::check_cuda("reduce_kernel", cudaGetLastError());
   gpu.download(out, results);
   return results[0];
 }
@@ -138,7 +138,7 @@ TEST_CASE_TEMPLATE("sums of groups: the bits of sum, each put once", Tm, lm::gpu
       int* const put = gpu.upload(counts);
       sums_kernel<Tm><<<1, Tm::width, 0, gpu.stream()>>>(gpu.upload(values), static_cast<Index>(n),
                                                          static_cast<Index>(size), out, put);
-      lm::gpu::check_launch("sums_kernel");
+      lm::gpu::check_cuda("sums_kernel", cudaGetLastError());
       gpu.download(out, sums);
       gpu.download(put, counts);
       for (std::size_t g = 0; g < n; ++g) {

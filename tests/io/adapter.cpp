@@ -113,7 +113,7 @@ struct Forged {
   std::vector<float> a{1, 2, 3}, b{4, 5};
   std::vector<lm::Index> a_shape{1, 3}, b_shape{2, 1};
   bool with_b = true;
-  std::vector<std::string> more;
+  std::vector<std::string> more, modules;  // tensors, and adapters, beside those of m
   std::string path;
 
   explicit Forged(const Folder& folder) : path(folder / "forged.safetensors") {}
@@ -122,7 +122,9 @@ struct Forged {
     std::vector<lm::io::TensorBytes> tensors{{"m.lora_A.weight", lm::io::Dtype::F32, a_shape, bytes(a)}};
     if (with_b) tensors.push_back({"m.lora_B.weight", lm::io::Dtype::F32, b_shape, bytes(b)});
     for (const std::string& name : more) tensors.push_back({name, lm::io::Dtype::U8, {0}, {}});
-    lm::io::write_safetensors(path, tensors, {{"loramix.adapter.m", entry}});
+    lm::io::Metadata metadata{{"loramix.adapter.m", entry}};
+    for (const std::string& name : modules) metadata[std::string("loramix.adapter.").append(name)] = entry;
+    lm::io::write_safetensors(path, tensors, metadata);
   }
   std::string write_and_load(lm::io::LoadOptions options = {}) const {
     write();
@@ -283,7 +285,53 @@ TEST_CASE("adapter: everything that does not fit is named, at once") {
 
   Forged empty = good;
   empty.entry = "";
-  refused(empty, {"the metadata of adapter 'm' does not begin"});
+  refused(empty, {"io::load", "the metadata of adapter 'm' does not begin"});
+  const std::string listing = refusal([&] { lm::io::list(empty.path); });
+  CAPTURE(listing);
+  CHECK(has(listing, "io::list: "));
+  CHECK(has(listing, "the metadata of adapter 'm' does not begin"));
+}
+
+TEST_CASE("adapter: a tensor is of the longest module's name that stands before one of its dots") {
+  const std::string key = "loramix.adapter.";
+  const auto literal = [&key](const lm::io::Metadata& metadata, const std::string& tensor, const std::string& module) {
+    if (!tensor.starts_with(module + ".")) return false;
+    for (std::size_t dot = module.size() + 1; dot < tensor.size(); ++dot) {
+      if (tensor[dot] == '.' && metadata.contains(key + tensor.substr(0, dot))) return false;
+    }
+    return true;
+  };
+  std::mt19937_64 random(loramix_test::seed(11));
+  const auto name = [&random](std::size_t most) {
+    std::string text = "a";
+    while (text.size() < 1 + random() % most) text += "..-a0"[random() % 5];  // '-' comes before '.', '0' behind it
+    return text;
+  };
+  int wrong = 0, yes = 0, no = 0;
+  for (int round = 0; round < 20000; ++round) {
+    lm::io::Metadata metadata{{"loramix.version", "1"}, {"format", "pt"}};
+    for (int i = 0; i < 6; ++i) metadata[key + name(8)] = "";
+    const std::string tensor = name(12), module = round % 2 == 0 ? "a" : name(4);
+    const bool want = literal(metadata, tensor, module);
+    wrong += lm::io::detail::belongs(metadata, tensor, module) != want;
+    if (tensor.starts_with(module + ".")) (want ? yes : no) += 1;
+  }
+  CHECK(wrong == 0);
+  CHECK(yes > 500);
+  CHECK(no > 500);
+}
+
+TEST_CASE("adapter: names with a million dots are read in no time") {
+  const Folder folder;
+  std::string deep = "m";
+  while (deep.size() < 2'000'000) deep += ".a";
+  Forged forged(folder);
+  forged.more = {deep};
+  CHECK(has(forged.write_and_load(), "is unexpected"));
+  forged.modules = {deep + "a", deep + ".a"};  // alike to the last letter
+  CHECK(has(forged.write_and_load(), "is unexpected"));
+  forged.modules.push_back(deep.substr(0, deep.size() - 2));  // whose tensor "a" it is
+  CHECK(forged.write_and_load() == "");
 }
 
 TEST_CASE("adapter: a config that lies about sizes takes no memory") {

@@ -398,6 +398,51 @@ TEST_CASE("a temperature that nothing can be divided by is refused") {
   }
 }
 
+TEST_CASE("a temperature that the sums' type cannot divide by is refused") {
+  lm::Matrix<float> x(2, 3), e(2, 3), dx(2, 3), de(2, 3);
+  for (Index i = 0; i < 6; ++i) x.data()[i] = e.data()[i] = static_cast<float>(i % 4 + 1);
+  const std::vector<std::int32_t> labels{0, 1};
+  std::vector<std::byte> memory(static_cast<std::size_t>(lm::contrastive_workspace_bytes<float>(2, 2, 3)));
+  const auto loss = [&](double temperature) {
+    return lm::contrastive_loss(be, x.view(), e.view(), view(labels), dx.view(), de.view(),
+                                {.temperature = temperature}, lm::Arena<>{memory});
+  };
+  for (const double bad : {1e-46, 1e-39, 1e300}) {  // as floats: 0, one without an inverse, infinity
+    check_error(lm::ErrorCode::value, {"contrastive_loss", "temperature"}, [&] { loss(bad); });
+  }
+  for (Index i = 0; i < 6; ++i) CHECK((dx.data()[i] == 0 && de.data()[i] == 0));
+  CHECK(std::isfinite(loss(0.05)));
+}
+
+TEST_CASE("a gradient with a size and no address is refused, not taken as one that is not wanted") {
+  lm::Matrix<double> a(2, 3), b(2, 3), da(2, 3), db(2, 3);
+  const std::vector<std::int32_t> labels{0, 1};
+  std::vector<std::byte> memory(static_cast<std::size_t>(lm::contrastive_workspace_bytes<double>(2, 2, 3) +
+                                                         lm::loss_workspace_bytes<double>(2, 3)));
+  const lm::Arena<> work{memory};
+  const lm::MatrixView<double> nowhere{nullptr, 2, 3};
+  check_error(lm::ErrorCode::null, {"squared_error_loss", "dy", "[2, 3]"},
+              [&] { lm::squared_error_loss(be, a.view(), b.view(), nowhere, {}, work); });
+  check_error(lm::ErrorCode::null, {"cross_entropy_loss", "dlogits", "[2, 3]"},
+              [&] { lm::cross_entropy_loss(be, a.view(), view(labels), nowhere, {}, work); });
+  check_error(lm::ErrorCode::null, {"contrastive_loss", "dx", "[2, 3]"},
+              [&] { lm::contrastive_loss(be, a.view(), b.view(), view(labels), nowhere, db.view(), {}, work); });
+  check_error(lm::ErrorCode::null, {"contrastive_loss", "dembeddings", "[2, 3]"},
+              [&] { lm::contrastive_loss(be, a.view(), b.view(), view(labels), da.view(), nowhere, {}, work); });
+}
+
+TEST_CASE("the squared error of no entries is 0") {
+  constexpr Index sizes[][2] = {{0, 3}, {3, 0}, {0, 0}};
+  for (const auto& size : sizes) {
+    for (const lm::Into into : {lm::Into::add, lm::Into::set}) {
+      const lm::Matrix<double> y(size[0], size[1]), target(size[0], size[1]);
+      lm::Matrix<double> dy(size[0], size[1]);
+      std::vector<std::byte> memory(static_cast<std::size_t>(lm::loss_workspace_bytes<double>(size[0], size[1])));
+      CHECK(lm::squared_error_loss(be, y.view(), target.view(), dy.view(), {.into = into}, lm::Arena<>{memory}) == 0);
+    }
+  }
+}
+
 TEST_CASE("16-bit logits and outputs are summed in float and stored once") {
   lm::Matrix<lm::bfloat16> y(3, 2), target(3, 2), dy(3, 2);
   for (Index i = 0; i < 6; ++i) y.data()[i] = lm::narrow<lm::bfloat16>(static_cast<double>(i));

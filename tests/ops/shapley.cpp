@@ -270,6 +270,20 @@ TEST_CASE("the loss is the mean divergence over valid rows, and its gradient the
   }
 }
 
+TEST_CASE("a temperature that the scores' type cannot divide by is refused") {
+  lm::Matrix<float> logits(2, 3), dlogits(2, 3), phi(2, 3);
+  for (Index i = 0; i < 6; ++i) phi.data()[i] = static_cast<float>(i % 3);
+  const lm::Scores<float, lm::Space::host> scores{.logits = logits.view(), .dlogits = dlogits.view()};
+  std::vector<std::byte> memory(static_cast<std::size_t>(lm::loss_workspace_bytes<float>(2, 3)));
+  for (const double bad : {0.0, -1.0, 1e-46, 1e-39, 1e300}) {  // as floats: 0, one without an inverse, infinity
+    check_error(lm::ErrorCode::value, {"shapley_loss", "temperature"},
+                [&] { lm::shapley_loss(be, scores, phi, {.temperature = bad}, lm::Arena<>{memory}); });
+  }
+  for (Index i = 0; i < 6; ++i) CHECK(dlogits.data()[i] == 0);
+  const float value = lm::shapley_loss(be, scores, phi, {}, lm::Arena<>{memory});
+  CHECK((value > 0 && std::isfinite(value)));
+}
+
 TEST_CASE("TeamLoRA's S trained towards the values: gradients with the values detached, and the loss falls") {
   using A = lm::TeamLora<double>;
   Parts<A> c({.experts = 3, .rank = 2, .hidden = 4}, 470);

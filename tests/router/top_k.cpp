@@ -1,4 +1,5 @@
 // The routers that choose: ids, weights and gradients against the literal reference, over rows made to be difficult.
+#include "core/caught.hpp"
 #include "router/routing.hpp"
 
 using namespace loramix_test;
@@ -243,6 +244,10 @@ TEST_CASE("a rule out of range is refused by name") {
   CHECK(refusal({.k = 0}).find("forward: top-k is 0, must be at least 1") != std::string::npos);
   CHECK(refusal({.k = 5}).find("experts is 4, must be at least 5") != std::string::npos);
   CHECK(refusal({.temperature = 0}).find("temperature must be above 0 and finite") != std::string::npos);
+  CHECK(refusal({.temperature = 1e-46}) == "");
+  const lm::TopKGate<float, float> in_float{{nullptr, 4, 0}, {.temperature = 1e-46}};  // 0 as a float
+  check_error(lm::ErrorCode::value, {"forward", "temperature must be above 0"},
+              [&] { in_float.check("forward", lm::GateCall<>{1}); });
   CHECK(refusal({.top_p = 1.5}).find("top_p must be in [0, 1]") != std::string::npos);
   CHECK(refusal({.capacity = -1}).find("capacity must be in [0, 1e6]") != std::string::npos);
   CHECK(refusal({.jitter = 1}).find("jitter must be in [0, 1)") != std::string::npos);

@@ -130,6 +130,16 @@ TEST_CASE("AdamW: the first step is the sign of the gradient, whatever its size"
   CHECK(std::abs(w[3] - (1 - 0.125)) < 1e-9);  // |g| = ε: ε stands outside the root
 }
 
+TEST_CASE("AdamW: the smallest epsilons there are make no NaN of a gradient of 0") {
+  const lm::cpu::Backend be;
+  std::vector<float> w{1}, g{0}, m(1), v(1);
+  lm::adamw_step(be, flat(w), flat(g), flat(m), flat(v), {.eps = 1e-45});
+  CHECK(w[0] == 1);
+  std::vector<double> wide_w{1}, wide_g{0}, wide_m(1), wide_v(1);
+  lm::adamw_step(be, flat(wide_w), flat(wide_g), flat(wide_m), flat(wide_v), {.eps = 1e-50});
+  CHECK(wide_w[0] == 1);
+}
+
 TEST_CASE("AdamW: 16-bit weights gather steps that are smaller than their spacing") {
   const lm::cpu::Backend be;
   std::vector<lm::bfloat16> w(1, lm::narrow<lm::bfloat16>(1.0f));
@@ -362,7 +372,9 @@ TEST_CASE("AdamW: bad input is refused before anything is written") {
   check_error(ErrorCode::value, {"lr", "-0.1"}, make({.lr = -0.1}));
   check_error(ErrorCode::value, {"beta1", "[0, 1)"}, make({.beta1 = 1}));
   check_error(ErrorCode::value, {"beta2"}, make({.beta2 = -0.5}));
-  check_error(ErrorCode::value, {"eps"}, make({.eps = -1}));
+  check_error(ErrorCode::value, {"AdamW", "eps"}, make({.eps = -1}));
+  check_error(ErrorCode::value, {"AdamW", "eps"}, make({.eps = 0}));
+  check_error(ErrorCode::value, {"AdamW", "eps"}, make({.eps = 1e-50}));  // 0 as a float
   check_error(ErrorCode::value, {"weight_decay"}, make({.weight_decay = -1}));
 
   lm::AdamW opt(toy);
@@ -389,6 +401,10 @@ TEST_CASE("AdamW: bad input is refused before anything is written") {
     lm::adamw_step(be, lm::VectorView<float>{nullptr, 10}, flat(g), flat(m), flat(v), {});
   });
   refuse(ErrorCode::value, {"t"}, [&] { lm::adamw_step(be, flat(w), flat(g), flat(m), flat(v), {.t = 0}); });
+  refuse(ErrorCode::value, {"adamw_step", "eps"},
+         [&] { lm::adamw_step(be, flat(w), flat(g), flat(m), flat(v), {.eps = 0}); });
+  refuse(ErrorCode::value, {"adamw_step", "eps"},
+         [&] { lm::adamw_step(be, flat(w), flat(g), flat(m), flat(v), {.eps = 1e-50}); });
   refuse(ErrorCode::shape, {"master"}, [&] { lm::adamw_step(be, flat(w16), flat(g), flat(m), flat(v), {}); });
 
   lm::Lora<float> empty({.d_in = 5, .d_out = 5, .rank = 0});

@@ -160,5 +160,52 @@ TEST_CASE("a new task between known ones: sum a_i e_i, a sums to 1") {
   check_error(lm::ErrorCode::shape, {"append_task", "tasks", "3"}, [&] { lm::append_task(more, more); });
 }
 
+TEST_CASE("a fresh embedding is the row after those of the known tasks, drawn with their seed and site") {
+  for (const bool embedding : {true, false}) {
+    lm::MoreConfig config = small(3);
+    config.task_embedding = embedding;
+    More more(config);
+    config.tasks = 4;
+    More larger(config);
+    const lm::InitialiseOptions options{.seed = 1, .site = "layers.0"};
+    lm::initialise(more, options);
+    lm::initialise(larger, options);
+    const More one = lm::new_task(more, options);
+    const auto known = std::as_const(larger).gate().scorer.embedding;
+    const std::vector<float> fresh = values_of(one.gate().scorer.embedding);
+    CHECK(fresh == values_of(known.row_range(3, 1)));
+    for (Index task = 0; task < 3; ++task) CHECK(fresh != values_of(known.row_range(task, 1)));
+  }
+}
+
+TEST_CASE("a task is appended to an adapter that does the same with it, and to no other") {
+  More more(small(3));
+  lm::initialise(more, {.seed = 7});
+  using Code = lm::ErrorCode;
+  const auto with = [](auto&& change) {
+    lm::MoreConfig config = small(1);
+    change(config);
+    return More(config);
+  };
+  const auto refused = [&](Code code, std::initializer_list<std::string> parts, const More& one) {
+    check_error(code, parts, [&] { lm::append_task(more, one); });
+  };
+  refused(Code::shape, {"append_task", "d_in", "7", "8"}, with([](lm::MoreConfig& c) { c.d_in = 7; }));
+  refused(Code::shape, {"append_task", "d_out", "5", "6"}, with([](lm::MoreConfig& c) { c.d_out = 5; }));
+  refused(Code::shape, {"append_task", "rank", "5", "6"}, with([](lm::MoreConfig& c) { c.rank = 5; }));
+  refused(Code::value, {"append_task", "another alpha"}, with([](lm::MoreConfig& c) { c.alpha = 7; }));
+  refused(Code::value, {"append_task", "another law"},
+          with([](lm::MoreConfig& c) { c.rule.law = lm::RankLaw::code_squared; }));
+  refused(Code::value, {"append_task", "another choice"},
+          with([](lm::MoreConfig& c) { c.rule.choice = lm::RankChoice::subset; }));
+  refused(Code::value, {"append_task", "another task_embedding"},
+          with([](lm::MoreConfig& c) { c.task_embedding = false; }));
+  const More trained_otherwise = with([](lm::MoreConfig& c) {
+    c.dropout = 0.5;
+    c.rule.straight_through = lm::StraightThrough::none;
+  });
+  CHECK(lm::append_task(more, trained_otherwise).config().tasks == 4);
+}
+
 }  // namespace
 }  // namespace loramix_test

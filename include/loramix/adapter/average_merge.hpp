@@ -113,7 +113,7 @@ AverageMerged<T> merge_average(const Backend& be, const A& adapter, MatrixView<T
     fail(check::detail::about(ErrorCode::value, op, options.key.on ? "key" : "save")
          << " is given, but an average is of inference: nothing is drawn or saved");
   }
-  detail::check_merge(adapter, weights);
+  detail::check_merge(op, adapter, weights);
   check::disjoint(op, "weights", weights, "x", x);
   const detail::TokenGates<A> gates(be, adapter, x, options);
   AverageMerged<T> average{Merged<T>(weights, {})};

@@ -338,6 +338,7 @@ void backward(const Backend& be, const A& adapter, const DoraBase<A>& base, Dora
   const Index tokens = x.rows, d_out = adapter.config().d_out, rank = adapter.config().rank;
   detail::begin_backward(be, adapter, saved, x, dy, dx, work);
   Ops::check_base(op, adapter, base);
+  check::view(op, "passed", base.passed);
   if (base.passed.data != nullptr) {
     if (!saved.in_y) {
       fail(check::detail::about(ErrorCode::value, op, "passed")
@@ -362,7 +363,7 @@ void backward(const Backend& be, const A& adapter, const DoraBase<A>& base, Dora
                                                   {},           {}, dx, options.parameters, Into::add};
   MatrixView<typename Ops::G, A::space> dm;
   if constexpr (trained) {
-    check::same(op, "grad", "size", grad.parameters().size, "the adapter's", adapter.parameters().size);
+    detail::check_gradient_shapes(op, adapter, grad);
     expand.dB = grad.B();
     shrink.dA = grad.A();
     dm = grad.magnitude();
@@ -395,7 +396,7 @@ void backward(const Backend& be, const A& adapter, const DoraBase<A>& base, Dora
   detail::spend(saved.origin);
 }
 
-/// W ← (m/n) ∘ (W + s B A) in double, n = 0 gives 0, rounded once.
+/// W ← (m/n) ∘ (W + s B A) in double, rounded once; n = 0, which is what forward takes for it (ops/row_norm.hpp), gives 0.
 template <class Backend, DoraAdapter A, class T>
   requires(A::space == Space::host)
 Merged<T> merge(const Backend& be, const A& adapter, MatrixView<T> weights) {
@@ -411,16 +412,21 @@ Merged<T> merge(const Backend& be, const A& adapter, MatrixView<T> weights) {
   safe("m", adapter.magnitude());
   Merged<T> merged(weights, {});
   detail::merge_rows(be, weights, merged.report, [&](Index o, double* row) {
-    double squares = 0;
+    double squares = 0, of_base = 0, of_change = 0;
     for (Index c = 0; c < weights.cols; ++c) {
       double sum = 0;
       for (Index j = 0; j < adapter.A().rows; ++j) {
         sum += widen<double>(adapter.B()(o, j)) * widen<double>(adapter.A()(j, c));
       }
-      row[c] += adapter.scale() * sum;
+      const double change = adapter.scale() * sum;
+      of_base += row[c] * row[c];
+      of_change += change * change;
+      row[c] += change;
       squares += row[c] * row[c];
     }
-    const double n = std::sqrt(squares), ratio = n == 0 ? 0 : widen<double>(adapter.magnitude()(0, o)) / n;
+    const double n = std::sqrt(
+        detail::without_rounding<typename A::precision::accumulation>(squares, of_base, of_change, adapter.A().rows));
+    const double ratio = n == 0 ? 0 : widen<double>(adapter.magnitude()(0, o)) / n;
     for (Index c = 0; c < weights.cols; ++c) row[c] *= ratio;
   });
   return merged;

@@ -585,6 +585,7 @@ Dropout begin_forward(const Backend& be, const A& adapter, X x, const Arena<A::s
   const Index work_bytes = without_alignment<A>(workspace_bytes(be, adapter, x.rows));
   work.require(op, "work", work_bytes);
   check::disjoint(op, "work", work.next(work_bytes), "x", x);
+  check::disjoint(op, "mask", options.mask, "work", work.next(work_bytes));
   if (options.save == nullptr) return dropout;
 
   if (adapter.dropout() > 0 && !options.key.on && !options.dropout_off) {
@@ -596,6 +597,7 @@ Dropout begin_forward(const Backend& be, const A& adapter, X x, const Arena<A::s
   options.save->require(op, "save", kept);
   check::disjoint(op, "save", options.save->next(kept), "work", work.next(work_bytes));
   check::disjoint(op, "save", options.save->next(kept), "x", x);
+  check::disjoint(op, "mask", options.mask, "save", options.save->next(kept));
   return dropout;
 }
 /// The same for an adapter that adds to y [T, d_out].
@@ -608,6 +610,7 @@ Dropout begin_forward(const Backend& be, const A& adapter, X x, Y y, const Arena
   check::shape(op, "y", y, "the number of tokens", x.rows, "d_out of the adapter", output_width(adapter));
   check::disjoint(op, "y", y, "x", x);
   const Dropout dropout = begin_forward(be, adapter, x, work, options);
+  check::disjoint(op, "mask", options.mask, "y", y);
   check::disjoint(op, "work", work.next(without_alignment<A>(workspace_bytes(be, adapter, x.rows))), "y", y);
   if (options.save != nullptr) {
     const Index kept = without_alignment<A>(reserve_bytes(adapter, x.rows, options.keep));
@@ -715,6 +718,24 @@ constexpr bool check_gradient_type() {
   return trained;
 }
 
+/// The shapes of an adapter's parameters, in one number.
+template <class A>
+std::uint64_t shapes_of(const A& adapter) {
+  std::uint64_t hash = 0;
+  A::visit(adapter, [&hash](const char*, auto view, ParameterGroup) {
+    hash = fold(hash, static_cast<std::uint64_t>(view.rows));
+    hash = fold(hash, static_cast<std::uint64_t>(view.cols));
+  });
+  return hash;
+}
+/// Refuses the gradient of an adapter of other shapes: its buffer may be padded to the same size.
+template <class A, class Gradient>
+void check_gradient_shapes(const char* op, const A& adapter, const Gradient& grad) {
+  check::same(op, "grad", "size", grad.parameters().size, "the adapter's", adapter.parameters().size);
+  if (shapes_of(grad) == shapes_of(adapter)) return;
+  fail(check::detail::about(ErrorCode::shape, op, "grad") << " has parameters of other shapes than the adapter");
+}
+
 }  // namespace detail
 
 /// y (+)= s ((x̂ Aᵀ) ∘ g) Bᵀ. Returns what backward needs where `options.save` is given.
@@ -805,7 +826,7 @@ void backward(const Backend& be, const A& adapter, Saved<A>& saved,
   typename T::ShrinkBackwardOp shrink{adapter.A(),        T::side(gate), x, saved.dropout, du, saved.dh, {}, {}, dx,
                                       options.parameters, options.input};
   if constexpr (trained) {
-    check::same("backward", "grad", "size", grad.parameters().size, "the adapter's", adapter.parameters().size);
+    detail::check_gradient_shapes("backward", adapter, grad);
     shrink.dA = grad.A();
     expand.dB = grad.B();
     by_rank = detail::RankGradients<A>::carve(work, adapter);

@@ -164,7 +164,7 @@ void backward(const Backend& be, const A& adapter, FusedSaved<A>& saved,
   typename Ops::ShrinkBackwardOp shrink{adapter.A(), {}, x,  saved.dropout,      du,           {},
                                         {},          {}, dx, options.parameters, options.input};
   if constexpr (trained) {
-    check::same("backward", "grad", "size", grad.parameters().size, "the adapter's", adapter.parameters().size);
+    detail::check_gradient_shapes("backward", adapter, grad);
     shrink.dA = grad.A();
   }
   shrink.check();

@@ -102,6 +102,7 @@ void backward(const Backend& be, const A& adapter, Ia3Saved<A>& saved,
   const Index n = adapter.config().width();
   check::shape("backward", "x", x, "the number of tokens", saved.origin.tokens, "the size of l", n);
   check::shape("backward", "dy", dy, "the number of tokens", saved.origin.tokens, "the size of l", n);
+  check::view("backward", "dx", dx);
   if (dx.data != nullptr) {
     check::shape("backward", "dx", dx, "the number of tokens", saved.origin.tokens, "the size of l", n);
   }
@@ -111,7 +112,7 @@ void backward(const Backend& be, const A& adapter, Ia3Saved<A>& saved,
                                                                    options.input,         true};
   MatrixView<typename A::precision::gradient, A::space> dl;
   if constexpr (trained) {
-    check::same("backward", "grad", "size", grad.parameters().size, "the adapter's", adapter.parameters().size);
+    detail::check_gradient_shapes("backward", adapter, grad);
     dl = grad.l();
   }
   op.check();

@@ -5,9 +5,9 @@
 ///              gives every token of one task (MOELoRA, MoRE): {.task = τ}. A may be shared by experts.
 /// Reads:       A [R, d_in], B [d_out, R].
 /// Writes:      W [d_out, d_in] of any storage type, in place. The token keeps the bytes there were.
-/// Errors:      shape, null, alias; weights that are not finite (ErrorCode::value), a task there is not: before any
-///              write. A gate that depends on the token does not compile: no exact merge exists (adapter/average_merge.hpp
-///              has an inexact one).
+/// Errors:      shape, null, alias; A, B, a rank scale or the task's gate that is not finite (ErrorCode::value; W is not
+///              asked: what is not finite there stays so), a task there is not: before any write. A gate that depends on
+///              the token does not compile: no exact merge exists (adapter/average_merge.hpp has an inexact one).
 /// Cost:        2·R·d_in·d_out flop in double; the token holds a copy of W.
 /// Determinism: every element is one sum in rank order, whatever the threads.
 /// Example:     examples/demo
@@ -113,18 +113,18 @@ auto finite_rank_scale(const char* op, const A& adapter) {
 
 /// The checks of every product that is merged.
 template <class A, class T>
-void check_merge(const A& adapter, MatrixView<T> weights) {
+void check_merge(const char* op, const A& adapter, MatrixView<T> weights) {
   const auto down = adapter.A();
   const auto up = adapter.B();
   if (down.rows != up.cols && (down.rows == 0 || up.cols % down.rows != 0)) {
-    fail(check::detail::about(ErrorCode::shape, "merge", "A")
+    fail(check::detail::about(ErrorCode::shape, op, "A")
          << " has " << down.rows << " rows, which do not divide the " << up.cols << " ranks of B");
   }
-  check::shape("merge", "weights", weights, "d_out of the adapter", up.rows, "d_in of the adapter", down.cols);
-  check::disjoint("merge", "weights", weights, "A", down);
-  check::disjoint("merge", "weights", weights, "B", up);
-  check_finite("merge", "A", down);
-  check_finite("merge", "B", up);
+  check::shape(op, "weights", weights, "d_out of the adapter", up.rows, "d_in of the adapter", down.cols);
+  check::disjoint(op, "weights", weights, "A", down);
+  check::disjoint(op, "weights", weights, "B", up);
+  check_finite(op, "A", down);
+  check_finite(op, "B", up);
 }
 
 /// What `task`'s tokens are gated with, rank by rank (0: closed), by a forward of one token.
@@ -168,7 +168,7 @@ Merged<T> merge(const Backend& be, const A& adapter, MatrixView<T> weights) {
       "loramix: this adapter's gate depends on the token: no exact merge exists; merge_average says what one costs");
   static_assert((Gate::facts.slots & ~static_cast<unsigned>(Slots::rank_scale)) == 0,
                 "loramix: merge folds a gate's rank scale; this gate fills other slots of the normal form");
-  detail::check_merge(adapter, weights);
+  detail::check_merge("merge", adapter, weights);
   const auto rank_scale = detail::finite_rank_scale("merge", adapter);
   Merged<T> merged(weights, {});
   detail::merge_product(be, adapter.A(), adapter.B(), rank_scale, adapter.scale(), weights, merged.report);
@@ -188,7 +188,7 @@ Merged<T> merge(const Backend& be, const A& adapter, MatrixView<T> weights, Merg
   static_assert(
       requires { decltype(adapter.gate())::by_task; } || requires { decltype(adapter.gate())::can_be_by_task; },
       "loramix: merge for a task needs a gate of the task (static constexpr bool by_task)");
-  detail::check_merge(adapter, weights);
+  detail::check_merge("merge", adapter, weights);
   const Index tasks = adapter.gate().tasks();
   if (tasks == 0) {
     fail(check::detail::about(ErrorCode::value, "merge", "task")

@@ -255,8 +255,13 @@ MixLoraSaved<A> route(const Backend& be, const A& adapter,
   GateCall<A::space> call{x.rows, {options.sequences, {}, {}, options.valid}, options.key};
   call.selection_bias = options.selection_bias;
   gate.check(op, call);
-  reserve.require(op, "reserve", detail::without_alignment<A>(reserve_bytes(adapter, x.rows)));
-  work.require(op, "work", detail::without_alignment<A>(workspace_bytes(be, adapter, x.rows)));
+  const Index kept = detail::without_alignment<A>(reserve_bytes(adapter, x.rows));
+  const Index work_bytes = detail::without_alignment<A>(workspace_bytes(be, adapter, x.rows));
+  reserve.require(op, "reserve", kept);
+  work.require(op, "work", work_bytes);
+  check::disjoint(op, "reserve", reserve.next(kept), "work", work.next(work_bytes));
+  check::disjoint(op, "reserve", reserve.next(kept), "x", x);
+  check::disjoint(op, "work", work.next(work_bytes), "x", x);
 
   Arena<A::space> taken = reserve;
   auto saved = Ops::carve(taken, adapter, x.rows);

@@ -7,8 +7,9 @@
 /// Writes:      nothing of the caller's.
 /// Errors:      require_current() refuses a pack whose adapter has changed since (a checksum of all bytes, host); a forward
 ///              that is to save. IA3 and prompt tuning, which read each parameter once as it lies, do not compile.
-/// Cost:        parameter_count values of the accumulation type; saves the widening of 16-bit weights in every call.
-/// Determinism: bitwise equal to the unpacked call (MATH.md section 6).
+/// Cost:        parameter_count values of the accumulation type; saves the widening of 16-bit weights in every call. On the device
+///              it is made on the backend's stream: who copies it, or reads it on another one, waits for that.
+/// Determinism: bitwise equal to the unpacked call (MATH.md section 6), but where that takes AMX's tiles (cpu/amx.hpp).
 /// Example:     examples/engine
 #pragma once
 #include <loramix/adapter/forward.hpp>

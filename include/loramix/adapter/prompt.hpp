@@ -31,6 +31,14 @@ struct PromptConfig {
   }
 };
 
+namespace detail {
+inline const PromptConfig& checked_prompt(const PromptConfig& config) {
+  check::at_least("Prompt", "d_in", config.d_in, 0);
+  check::at_least("Prompt", "rows", config.rows, 0);
+  return config;
+}
+}  // namespace detail
+
 /// Owns the prompt [v, d].
 template <class P = float, Space S = Space::host, class T = typename precision_t<P>::weight>
 class Prompt {
@@ -44,9 +52,8 @@ class Prompt {
   static constexpr const char* kind = "prompt";
   static constexpr bool has_pack = false;
 
-  explicit Prompt(const Config& c)
-      : config_((detail::checked("Prompt", LoraConfig{.d_in = c.d_in, .rank = c.rows}), c)),
-        parameters_({detail::size_of(c.rows, c.d_in)}) {}
+  explicit Prompt(const Config& config)
+      : config_(detail::checked_prompt(config)), parameters_({detail::size_of(config.rows, config.d_in)}) {}
 
   const Config& config() const { return config_; }
   VectorView<T, S> parameters() { return parameters_.flat(); }

@@ -18,10 +18,11 @@ namespace loramix {
 inline namespace LORAMIX_ABI {
 
 /// The calling thread works too: `lanes` lanes are `lanes` − 1 threads. One call of run at a time; another
-/// waits. A job must not call run on the pool it runs in: it would wait for itself.
+/// waits. A job must not call run on the pool it runs in: it would wait for itself. A thread that cannot start is a
+/// std::system_error; those started before it have ended by then.
 class ThreadPool {
  public:
-  explicit ThreadPool(Index lanes) {
+  explicit ThreadPool(Index lanes) : ThreadPool() {  // delegates: where the body throws, the destructor runs
     check::at_least("ThreadPool", "lanes", lanes, 1);
     for (Index lane = 1; lane < lanes; ++lane) threads_.emplace_back([this, lane] { work(lane); });
   }
@@ -53,6 +54,8 @@ class ThreadPool {
 
  private:
   using Call = void (*)(const void*, Index, Index);
+
+  ThreadPool() = default;
 
   void run(Index jobs, Call call, const void* job) {
     if (jobs <= 1 || threads_.empty()) {

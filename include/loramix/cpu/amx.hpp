@@ -659,10 +659,10 @@ template <class E>
 AmxBackend(E) -> AmxBackend<E>;
 AmxBackend()->AmxBackend<SerialExecutor>;
 
-/// The tiles compute every rank.
+/// As of packets, at any number of tokens: memory for many serves few. The tiles compute every rank.
 template <class E, class Score>
 bool wants_selection_impl(const AmxBackend<E>& be, const GateForm<Score>& form, Index columns) {
-  return !be.tiles(form.tokens) && wants_selection_impl(be.packets(), form, columns);
+  return wants_selection_impl(be.packets(), form, columns);
 }
 
 /// What explain() prints.

@@ -5,8 +5,8 @@
 /// Writes:      out [T, R], assigned.
 /// Errors:      none: ops/shrink.hpp and ops/expand.hpp check.
 /// Cost:        one pass over x. More than half a packet of ranks: packed weights, register tiles of tokens × ranks,
-///              sweeps as wide as `Tuning::weights` allow. Of weights rank by rank dot products: fewer, those behind the last
-///              whole packet where x lies, and all of T ≤ 64.
+///              sweeps as wide as `Tuning::weights` allow. Of weights rank by rank dot products: fewer, up to half a packet
+///              behind the last whole one where x lies, and all of T ≤ 64.
 /// Determinism: an output depends on its row of x only, and not on threads.
 /// Example:     ops/shrink.hpp
 #pragma once

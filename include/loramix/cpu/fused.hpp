@@ -254,6 +254,10 @@ struct FusedShrink {
   MatrixView<float> lanes;
 
   using Grouped = GroupedContraction<X, W, Major::row>;
+  /// Whether A alone has ranks that are dot products, summed in another order than in a panel: U does not depend on side rows.
+  static bool ends_in_dots(Index ranks) {
+    return std::is_same_v<X, float> && ranks % width != 0 && ranks % width <= width / 2;
+  }
 
   template <class E, class Op>
   FusedShrink(Arena<>& arena, const Backend<E>& be, const Op& op)
@@ -261,7 +265,7 @@ struct FusedShrink {
         side{op.side},
         grouped(op.select.tokens != 0 && is_grouped(be.tuning, op.select, op.A.rows)),
         together(!grouped && !op.dropout.on() && op.A.rows != 0 && op.side.rows != 0 &&
-                 !ranks.by_dots(be.tuning, op.x.rows)) {
+                 !ranks.by_dots(be.tuning, op.x.rows) && !ends_in_dots(op.A.rows)) {
     const Input<X> dropped{op.x, op.dropout}, plain{op.x};
     // Of both together and of each: what a query is told of dropout is not what a call will have, and fewer ranks may take more.
     Index floats = larger(ranks.scratch(be, op.x.rows, dropped.direct()), side.scratch(be, op.x.rows, plain.direct()));

@@ -56,9 +56,9 @@ struct SumPanel {
   static constexpr int rows = RegisterTile::sum_rows;
   static constexpr Index columns = packets * width;
   static constexpr Index step =
-      columns % 8 == 0 ? columns : 2 * columns;  // of jobs: whole panels, whole blocks of dropout
-  static constexpr Index few_ranks = 32;         // up to here x may be read where it lies
-  static constexpr Index rows_ahead = 4;         // of a copy, asked for
+      columns % 8 == 0 ? columns : 2 * columns;                    // of jobs: whole panels, whole blocks of dropout
+  static constexpr Index few_ranks = RegisterTile::many ? 32 : 8;  // up to here x may be read where it lies
+  static constexpr Index rows_ahead = 4;                           // of a copy, asked for
 
   /// Columns of whole panels.
   static constexpr Index whole(Index n) { return round_up(n, columns); }
@@ -208,13 +208,15 @@ struct TokenSum {
   }
   /// Tokens whose products are added up in registers. Rows of x that are read where they lie share few sets of L1.
   static Index tokens_of(const Tuning& tuning, Index ranks) {
-    return ranks > SumPanel::few_ranks ? tuning.tokens_per_sum : larger(1, tuning.tokens_per_sum / 3);
+    const Index tokens = larger(1, tuning.tokens_per_sum);
+    return ranks > SumPanel::few_ranks ? tokens : larger(1, tokens / 3);
   }
   static Index scratch(const Tuning& tuning, Index ranks, Index columns, bool direct) {
     const Index sweep = sweep_of(tuning, ranks, columns, direct), most = ranks_of(ranks);
     const bool lies = in_place(ranks, direct);
     const Index bits = lies ? tokens_of(tuning, ranks) * (keep_bytes(sweep) / 4 + 1) : 0;
-    return most * sweep + tuning.tokens_per_sum * (most + (lies ? panel : sweep)) + sweep + 8 * width + bits;
+    const Index tokens = larger(1, tuning.tokens_per_sum);
+    return most * sweep + tokens * (most + (lies ? panel : sweep)) + sweep + 8 * width + bits;
   }
   Index sweep() const { return sweep_of(tuning, ranks(), out.cols, x.direct_under_bits()); }
 

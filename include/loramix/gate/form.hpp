@@ -282,12 +282,18 @@ void check_ids(const char* op, MatrixView<const std::int32_t, S> ids, Index expe
   }
 }
 
-/// A slot without an address is absent; one that has a size, or groups of tokens, was meant to be there.
+/// A slot without an address is absent; one that has a size, columns, or groups of tokens, was meant to be there.
 template <Space S, class View>
 void check_presence(const char* op, const char* slot, View view, const Groups<S>& groups, Index tokens) {
   check::view(op, slot, view);
-  if (view.data != nullptr || tokens == 0 || groups.per_token()) return;
-  fail(check::detail::about(ErrorCode::null, op, slot) << " has groups of tokens, but no rows and a null address");
+  if (view.data != nullptr || tokens == 0) return;
+  if (!groups.per_token()) {
+    fail(check::detail::about(ErrorCode::null, op, slot) << " has groups of tokens, but no rows and a null address");
+  }
+  if constexpr (requires { view.cols; }) {
+    if (view.cols != 0)
+      fail(check::detail::about(ErrorCode::null, op, slot) << " has columns, but no rows and a null address");
+  }
 }
 
 }  // namespace detail
@@ -313,6 +319,9 @@ void check_form(const char* op, const GateForm<Score, S>& form, Index tokens, In
     }
   }
   detail::check_presence(op, "gate ids", form.ids, form.id_groups, tokens);
+  if (form.ids.data == nullptr && form.ids.rows != 0 && tokens != 0) {
+    fail(check::detail::about(ErrorCode::null, op, "gate ids") << " has rows, but no columns and a null address");
+  }
   detail::check_presence(op, "gate id_weights", form.id_weights, Groups<S>{}, tokens);
   detail::check_presence(op, "gate prefix", form.prefix, form.prefix_groups, tokens);
   detail::check_presence(op, "gate subset", form.subset, form.subset_groups, tokens);

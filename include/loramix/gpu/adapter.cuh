@@ -4,7 +4,8 @@
 /// Reads:       parameters() of one side, [n] values.
 /// Writes:      the other's.
 /// Errors:      sizes that differ; CUDA failures (ErrorCode::device).
-/// Cost:        to_device allocates; all wait until the copy is done: for loaders, checkpoints and tests.
+/// Cost:        to_device allocates; all wait until the copy is done, but not for what streams that do not wait for the default
+///              one still compute: synchronise those first. For loaders, checkpoints and tests.
 /// Determinism: bit for bit.
 /// Example:     tests/consumer/use_gpu.cu
 #pragma once

@@ -38,7 +38,7 @@ struct Backend {
   StatusFlags* status = nullptr;  // device memory, or null: bad data contributes nothing and is not reported
   Index blas_bytes = Index{4} << 20;
   unsigned* tickets = nullptr;  // gpu/tickets.cuh, of this stream; null: what blocks share takes launches more
-  Tuning tuning{};              // gpu/tuning.cuh
+  Tuning tuning{};              // gpu/tuning.cuh: 163 KiB of shared memory; tune(machine_of(device)) for others
 };
 
 namespace detail {

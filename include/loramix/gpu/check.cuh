@@ -12,22 +12,13 @@ namespace loramix {
 inline namespace LORAMIX_ABI {
 namespace gpu {
 
-/// Fails unless `status`, which `call` returned, is success. CUDA's own memory of it is cleared: it would be read as that of the
-/// next launch, which was accepted.
+/// Fails unless `status`, which `call` returned, is success. CUDA's own memory of it is cleared: the engine would read it as that of
+/// a call of its own.
 inline void check_cuda(const char* call, cudaError_t status) {
   if (status == cudaSuccess) return;
   cudaGetLastError();
   Error error(ErrorCode::device);
   fail(error << "loramix: " << call << " failed: " << cudaGetErrorName(status) << ", " << cudaGetErrorString(status));
-}
-
-/// Fails unless the launch of `kernel` just before was accepted. What a kernel does later shows at the next call.
-inline void check_launch(const char* kernel) {
-  const cudaError_t status = cudaGetLastError();
-  if (status == cudaSuccess) return;
-  Error error(ErrorCode::device);
-  fail(error << "loramix: launch of " << kernel << " failed: " << cudaGetErrorName(status) << ", "
-             << cudaGetErrorString(status));
 }
 
 }  // namespace gpu

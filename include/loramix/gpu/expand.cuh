@@ -296,15 +296,18 @@ class ExpandBlock {
     __syncthreads();
   }
 
-  /// acc ∘ keep / (1 − p̄). Lane t of a quad draws for the t-th eight columns of a row.
+  /// acc ∘ keep / (1 − p̄). Lane t of a quad draws for the t-th eight columns of a row. A mask that was saved ends with the last
+  /// token and the last column.
   __device__ void drop(Accumulator& acc, Index column) const {
     constexpr unsigned all = 0xffffffffu;
+    if (column >= task.y.cols) return;  // the same for all lanes
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if (i >= extent.rows) break;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const std::uint32_t drawn = task.dropout.keep8(token + 16 * i + lane.g + 8 * r, column / 8 + lane.t);
+        const int row = 16 * i + lane.g + 8 * r;
+        const std::uint32_t drawn = task.dropout.keep8(token + (row < rows ? row : rows - 1), column / 8 + lane.t);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const std::uint32_t keep = __shfl_sync(all, drawn, 4 * lane.g + j) >> 2 * lane.t;

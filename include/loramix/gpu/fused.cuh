@@ -71,17 +71,6 @@ auto with_both(const Tuning& tuning, const F& f) {
   }
 }
 
-template <class... Parameters, class... Arguments>
-void launch(const Backend& be, const char* name, void (*kernel)(Parameters...), dim3 grid, int threads, Index shared,
-            const Arguments&... arguments) {
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  if (shared > (Index{40} << 10)) {  // 48 KiB, with a kernel's own variables, is what needs no asking
-    check_cuda("cudaFuncSetAttribute",
-               cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
-  }
-  kernel<<<grid, static_cast<unsigned>(threads), static_cast<std::size_t>(shared), be.stream>>>(arguments...);
-  check_launch(name);
-}
 inline unsigned as_grid(Index n) { return static_cast<unsigned>(n); }
 
 // ---- shrink ----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@
 ///   Tensor<float>                     mma.sync m16n8k8 in TF32: both operands rounded to 11 bits. Opt-in.
 ///   Fma<X, W>                         FFMA: exact products, every mix of float, bfloat16 and half.
 ///
-/// Computes:    sums in float. An infinite value of rank space becomes NaN where it is split into terms.
+/// Computes:    sums in float; tensor cores round inside a step as their hardware does. An infinite value of rank space becomes NaN
+///              where it is split into terms.
 /// Errors:      none.
 /// Cost:        tensor cores: 4096·terms flop per 16 × 8 tile and step (half in terms: four TF32 products of half the size).
 /// Determinism: one order per instruction set; a sum does not depend on the rows beside it.

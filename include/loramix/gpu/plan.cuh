@@ -9,7 +9,7 @@
 /// Determinism: integers: the plan that every device makes.
 /// Example:     tests/gpu/plan.cu
 #pragma once
-#include <loramix/gpu/backend.cuh>
+#include <loramix/gpu/launch.cuh>
 #include <loramix/gpu/team.cuh>
 #include <loramix/ops/plan.hpp>
 
@@ -88,9 +88,8 @@ __global__ void __launch_bounds__(warps* warp_width) plan_kernel(const __grid_co
 /// Called by make_plan; false: not that large.
 inline bool plan_impl(const Backend& be, const PlanPass& pass) {
   if (pass.experts() > plan_experts || pass.plan.order.size > plan_choices) return false;
-  const std::size_t shared = static_cast<std::size_t>(pass.experts() * (1 + plan_warps)) * sizeof(int);
-  plan_kernel<plan_warps><<<1, plan_warps * warp_width, shared, be.stream>>>(pass);
-  check_launch("plan_kernel");
+  const Index shared = pass.experts() * (1 + plan_warps) * Index{sizeof(int)};
+  launch(be, "plan_kernel", &plan_kernel<plan_warps>, dim3(1), plan_warps * warp_width, shared, pass);
   return true;
 }
 

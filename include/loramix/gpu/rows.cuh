@@ -6,7 +6,7 @@
 /// Determinism: as ops/rows.hpp and ops/column_sum.hpp.
 /// Example:     tests/gpu/rows.cu
 #pragma once
-#include <loramix/gpu/backend.cuh>
+#include <loramix/gpu/launch.cuh>
 #include <loramix/gpu/team.cuh>
 #include <loramix/ops/column_sum.hpp>
 #include <loramix/ops/rows.hpp>
@@ -36,9 +36,8 @@ __global__ void __launch_bounds__(teams* Tm::width) rows_kernel(Index rows, cons
 
 template <class Tm, int teams, class Body>
 void launch_rows(const Backend& be, Index rows, const Body& body) {
-  if (rows == 0) return;
-  rows_kernel<Tm, teams><<<blocks_for(rows, teams), teams * Tm::width, 0, be.stream>>>(rows, body);
-  check_launch("rows_kernel");
+  launch(be, "rows_kernel", &rows_kernel<Tm, teams, Body>, dim3(blocks_for(rows, teams)), teams * Tm::width, 0, rows,
+         body);
 }
 
 /// A block for every row: bodies that run along x, y or a weight matrix.
@@ -77,8 +76,8 @@ template <class Acc, class Out>
 void execute_impl(const Backend& be, const ColumnSum<Acc, Out, Space::device>& op, DeviceArena) {
   if (op.out.empty()) return;
   constexpr int threads = 128;
-  detail::column_sum_kernel<<<detail::blocks_for(op.out.rows * op.out.cols, threads), threads, 0, be.stream>>>(op);
-  check_launch("column_sum_kernel");
+  detail::launch(be, "column_sum_kernel", &detail::column_sum_kernel<ColumnSum<Acc, Out, Space::device>>,
+                 dim3(detail::blocks_for(op.out.rows * op.out.cols, threads)), threads, 0, op);
 }
 
 }  // namespace gpu

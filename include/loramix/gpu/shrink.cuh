@@ -307,7 +307,8 @@ class ShrinkBlock {
          i += static_cast<int>(blockDim.x)) {
       const int row = i / (shrink_stage / 8), block = i % (shrink_stage / 8);
       if (!reads_row(row)) continue;
-      const std::uint32_t keep = task.dropout.keep8(token + token_of(row), k / 8 + block);
+      const int own = token_of(row);  // or none, behind the last token: a mask that was saved ends there
+      const std::uint32_t keep = task.dropout.keep8(token + (own < rows ? own : rows - 1), k / 8 + block);
 #pragma unroll
       for (int c = 0; c < chunks; ++c) {
         drop_chunk(from.chunk(row, block * chunks + c), to.chunk(row, block * chunks + c), keep >> c * per_chunk<X>);

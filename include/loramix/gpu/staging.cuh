@@ -58,6 +58,7 @@ struct LoadRow {
 /// The dropout of rows from `token` on, as seen from there.
 inline Dropout from_token(Dropout dropout, Index token) {
   dropout.first_token += static_cast<std::uint64_t>(token);
+  if (dropout.mask != nullptr) dropout.mask += token * dropout.mask_stride;
   return dropout;
 }
 

@@ -3,7 +3,7 @@
 /// Computes:    Status owns a StatusFlags on the device; a Backend carries its address. A bad id contributes nothing to
 ///              any result and sets its flag, which stays set until clear().
 /// Errors:      CUDA calls failing (ErrorCode::device).
-/// Cost:        read() and clear() wait for the stream: once per step or less, never inside an op.
+/// Cost:        read() waits for the stream: once per step or less, never inside an op. clear() is enqueued.
 /// Determinism: flags are set, never counted.
 /// Example:     tests/gpu/faults.cu
 #pragma once

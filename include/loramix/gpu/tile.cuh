@@ -15,6 +15,8 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <cassert>
+
 #include <loramix/core/scalars.hpp>
 #include <loramix/core/views.hpp>
 
@@ -115,7 +117,8 @@ LORAMIX_HD constexpr int tile_bytes(int rows, int cols) {
   return rows * cols * static_cast<int>(sizeof(E));
 }
 
-/// n neighbouring values as one access of 4, 8 or 16 bytes, at an address that is a multiple of that.
+/// n neighbouring values as one access of 4, 8 or 16 bytes, at an address that is a multiple of that: loaded from any memory,
+/// stored to global memory.
 template <int bytes>
 using Bits = std::conditional_t<bytes == 4, std::uint32_t, std::conditional_t<bytes == 8, uint2, uint4>>;
 template <int n, class E>
@@ -128,19 +131,20 @@ struct alignas(n * sizeof(E)) Vector {
     return out;
   }
   __device__ void store(E* to) const {
-    // An instruction of its own: a plain store may be taken apart again.
+    // An instruction of its own, of global addresses only: a plain store may be taken apart again.
+    assert(__isGlobal(to));
     __stwb(reinterpret_cast<Bits<n * sizeof(E)>*>(to), *reinterpret_cast<const Bits<n * sizeof(E)>*>(v));
   }
 };
 
-/// Eight columns or fewer of x ∘ keep.
+/// Eight columns or fewer of x ∘ keep, in shared memory.
 template <class E>
 __device__ void drop_chunk(const E* from, E* to, std::uint32_t keep) {
   constexpr int n = per_chunk<E>;
   auto chunk = Vector<n, E>::load(from);
 #pragma unroll
   for (int i = 0; i < n; ++i) chunk.v[i] = keep >> i & 1u ? chunk.v[i] : E{};
-  chunk.store(to);
+  *reinterpret_cast<Bits<sizeof(chunk)>*>(to) = *reinterpret_cast<const Bits<sizeof(chunk)>*>(chunk.v);
 }
 
 /// Transposes among the four lanes of a quad: lane t gives pairs of columns 2t, 2t + 1 of four tiles j, and gets the eight columns of

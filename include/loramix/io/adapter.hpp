@@ -152,15 +152,16 @@ inline std::string entry_text(const Entry& entry) {
 /// Reads {"kind": string, "config": {name: bool or number}} and nothing else.
 class EntryReader : public JsonEvents<EntryReader> {
  public:
-  EntryReader(const std::string& path, const std::string& module) : path_(path), module_(module) {}
+  EntryReader(const char* op, const std::string& path, const std::string& module)
+      : op_(op), path_(path), module_(module) {}
   Entry take() {
     if (!has_kind_ || !has_config_) refuse("lacks kind or config");
     return std::move(entry_);
   }
 
   [[noreturn]] void refuse(const std::string& sentence) const {
-    fail(about_file("io::load", path_) << ": the metadata of adapter " << shown(module_).c_str() << " "
-                                       << printable(sentence, 160).c_str());
+    fail(about_file(op_, path_) << ": the metadata of adapter " << shown(module_).c_str() << " "
+                                << printable(sentence, 160).c_str());
   }
   [[noreturn]] void unexpected(const char* what) const {
     refuse((key_.empty() ? std::string() : shown(key_, 40) + " ") + "holds " + what + ", which does not belong there");
@@ -204,6 +205,7 @@ class EntryReader : public JsonEvents<EntryReader> {
     return true;
   }
 
+  const char* op_;
   const std::string& path_;
   const std::string& module_;
   Entry entry_;
@@ -212,8 +214,8 @@ class EntryReader : public JsonEvents<EntryReader> {
   bool has_kind_ = false, has_config_ = false;
 };
 
-inline Entry parse_entry(const std::string& path, const std::string& module, std::string_view text) {
-  EntryReader reader(path, module);
+inline Entry parse_entry(const char* op, const std::string& path, const std::string& module, std::string_view text) {
+  EntryReader reader(op, path, module);
   read_json(text, reader);
   return reader.take();
 }
@@ -233,12 +235,19 @@ inline std::string tensor_name(const std::string& module, const std::string& par
   return module + "." + parameter;
 }
 
-/// Whether `tensor` stands below `module` and below no longer module's name.
+/// Whether `tensor` stands below `module` and below no longer module's name. Names may have megabytes of dots: no key lies
+/// between a prefix of the tensor's name and the first key from it on, so dots that both names share need not be tried.
 inline bool belongs(const Metadata& metadata, std::string_view tensor, std::string_view module) {
   if (tensor.size() <= module.size() || !tensor.starts_with(module) || tensor[module.size()] != '.') return false;
-  for (std::size_t dot = tensor.find('.', module.size() + 1); dot != std::string_view::npos;
-       dot = tensor.find('.', dot + 1)) {
-    if (metadata.contains(adapter_key + std::string(tensor.substr(0, dot)))) return false;
+  const std::string key = std::string(adapter_key).append(tensor);
+  std::size_t dot = key.find('.', key.size() - tensor.size() + module.size() + 1);
+  while (dot != std::string::npos) {
+    const std::string_view shorter = std::string_view(key).substr(0, dot);
+    const auto found = metadata.lower_bound(shorter);
+    if (found == metadata.end() || !found->first.starts_with(shorter)) return true;
+    if (found->first.size() == dot) return false;
+    const auto differ = std::mismatch(key.begin(), key.end(), found->first.begin(), found->first.end()).first;
+    dot = key.find('.', std::max(dot + 1, static_cast<std::size_t>(differ - key.begin())));
   }
   return true;
 }
@@ -402,7 +411,7 @@ inline Entry find_entry(const Safetensors& file, const std::string& module, cons
     fail(about_file("io::load", file.path()) << " has no adapter " << shown(module).c_str() << "; it holds "
                                              << (held.empty() ? "none written by loramix" : held.c_str()));
   }
-  Entry entry = parse_entry(file.path(), module, found->second);
+  Entry entry = parse_entry("io::load", file.path(), module, found->second);
   if (entry.kind != kind) {
     fail(about_file("io::load", file.path()) << ": adapter " << shown(module).c_str() << " is of kind "
                                              << shown(entry.kind).c_str() << ", not '" << kind << "'");
@@ -449,7 +458,7 @@ void check_finite(const A& adapter) {
 inline std::vector<Module> list(const Safetensors& file) {
   std::vector<Module> modules;
   detail::each_module(file.metadata(), [&](const std::string& name, const std::string& text) {
-    modules.push_back({name, detail::parse_entry(file.path(), name, text).kind});
+    modules.push_back({name, detail::parse_entry("io::list", file.path(), name, text).kind});
   });
   return modules;
 }

@@ -1,7 +1,7 @@
 /// Files as io/ needs them: positioned reads of a regular file, and a write that either happens whole or not at all.
 ///
-/// Computes:    read_file(): bytes [begin, begin + size) of an open file. write_file(): temporary file in the same folder
-///              (own name, O_EXCL), all bytes, fsync, rename over the target, fsync of the folder.
+/// Computes:    InputFile::read(): bytes [begin, begin + size) of an open file. write_file(): temporary file in the same
+///              folder (own name, O_EXCL), all bytes, fsync, rename over the target, fsync of the folder.
 /// Reads:       regular files only. Nothing is mapped: a file that shrinks while it is open is an error, not a SIGBUS.
 /// Writes:      the target, by rename. Its permissions stay; a read-only target or one that is no file is refused.
 /// Errors:      ErrorCode::file with the path, the step and the system's reason; after a failed write the target is as

@@ -8,7 +8,8 @@
 ///              valid [T].
 /// Writes:      the value (ops/loss.hpp).
 /// Adds to:     dx [T, d], dembeddings [n_tasks, d]; either may be empty.
-/// Errors:      shapes; sequences not by segment; on the host labels ≥ n_tasks; small workspace.
+/// Errors:      shapes, null, aliases; a temperature, or its inverse, that is not above 0 and finite in the type of the sums;
+///              sequences not by segment; on the host labels ≥ n_tasks; small workspace.
 /// Cost:        O(sequences·n_tasks·d); contrastive_workspace_bytes.
 /// Determinism: ops/loss.hpp
 /// Example:     tests/ops/losses.cpp
@@ -214,7 +215,9 @@ loss_value_t<accumulation_t<X>, S> contrastive_loss(const Backend& be, MatrixVie
   check::view(op, "x", x);
   check::shape(op, "embeddings", embeddings, "the number of tasks", embeddings.rows, "the columns of x", x.cols);
   check::at_least(op, "the number of tasks", embeddings.rows, 1);
-  check::above_zero(op, "temperature", options.temperature);
+  const Acc temperature = static_cast<Acc>(options.temperature);
+  check::above_zero(op, "temperature", temperature);
+  check::above_zero(op, "1 / temperature", Acc(1) / temperature);
   if (!sequences.per_token() && (sequences.offsets == nullptr || sequences.of_segment != nullptr)) {
     fail(check::detail::about(ErrorCode::value, op, "sequences") << " must be segments, each its own");
   }
@@ -222,6 +225,8 @@ loss_value_t<accumulation_t<X>, S> contrastive_loss(const Backend& be, MatrixVie
   detail::check_labels(op, labels, n, embeddings.rows);
   detail::check_mask(op, options.valid, x.rows);
   detail::check_value_place(op, options.value);
+  check::view(op, "dx", dx);
+  check::view(op, "dembeddings", dembeddings);
   if (dx.data != nullptr) {
     check::shape(op, "dx", dx, "the rows of x", x.rows, "the columns of x", x.cols);
     check::disjoint(op, "dx", dx, "x", x);

@@ -189,6 +189,7 @@ loss_value_t<accumulation_t<T>, S> cross_entropy_loss(const Backend& be, MatrixV
   check::at_least(op, "the number of classes", from.cols, 1);
   detail::check_mask(op, options.valid, from.rows);
   detail::check_labels(op, labels, from.rows, from.cols);
+  check::view(op, "dlogits", dlogits);
   const bool wanted = dlogits.data != nullptr;
   if (wanted) {
     check::shape(op, "dlogits", dlogits, "the rows of logits", from.rows, "the classes of logits", from.cols);

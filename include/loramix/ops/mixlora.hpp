@@ -248,6 +248,10 @@ struct MixExpertsBackward {
     shapes.like_u("dv", dv);
     shapes.like_z("dz1", dz1);
     shapes.like_z("dz3", dz3);
+    check::view(name, "dweights", dweights);
+    check::view(name, "dB1", dB1);
+    check::view(name, "dB3", dB3);
+    check::view(name, "dA2", dA2);
     if (dweights.data != nullptr) {
       check::shape(name, "dweights", dweights, "the rows of ids", gate.ids.rows, "the columns of ids", gate.ids.cols);
     }

@@ -57,6 +57,7 @@ struct OutputScale {
     check::view(name, "c", c);
     check::shape(name, "y", y, "the number of tokens", in.rows, "the columns of in", in.cols);
     const auto beside = [&](const char* what, auto v) {
+      check::view(name, what, v);
       if (v.data == nullptr) return;
       check::shape(name, what, v, "the number of tokens", in.rows, "the columns of in", in.cols);
       check::disjoint(name, "y", y, what, v);
@@ -117,6 +118,9 @@ struct OutputScaleBackward {
     check::view(name, "dy", dy);
     check::same(name, "c", "size", c.size, "the columns of dy", dy.cols);
     check::view(name, "c", c);
+    check::view(name, "factor", factor);
+    check::view(name, "sum", sum);
+    check::view(name, "passed", passed);
     if (factor.data != nullptr) check::same(name, "factor", "size", factor.size, "the columns of dy", dy.cols);
     if (sum.data != nullptr)
       check::shape(name, "sum", sum, "the number of tokens", dy.rows, "the columns of dy", dy.cols);

@@ -140,6 +140,8 @@ void prepend_rows_backward(const Backend& be, MatrixView<const X, S> dy, Groups<
   check::at_least(op, "prompt_rows", prompt_rows, 0);
   const Index tokens = dy.rows - detail::prepended_rows(op, 0, sequences.segments, prompt_rows);
   detail::check_sequences(op, sequences, tokens);
+  check::view(op, "dprompt", dprompt);
+  check::view(op, "dx", dx);
   if (dprompt.data != nullptr) {
     check::shape(op, "dprompt", dprompt, "the rows of the prompt", prompt_rows, "the columns of dy", dy.cols);
     check::disjoint(op, "dprompt", dprompt, "dy", dy);

@@ -50,11 +50,20 @@ void row_squares(const Backend& be, const RowSquares<W, Acc, S>& op) {
   for_rows<S>(be, op.weights.rows, op);
 }
 
+namespace detail {
+/// n², or 0 where that is no more than what rounding leaves of terms that cancel: ‖w‖² and ‖s BA‖², of r ranks, summed in Acc.
+template <class Acc, class Sum>
+LORAMIX_HD constexpr Sum without_rounding(Sum n2, Sum squares, Sum change, Index ranks) {
+  constexpr double rounding = rounding_of<Acc>();
+  const Sum noise = Sum(rounding * static_cast<double>(ranks + 2));
+  return n2 < noise * noise * (squares + change) ? Sum(0) : n2;  // not where both are infinite
+}
+}  // namespace detail
+
 /// The norms; as a row body it needs `mixed` and `gram`.
 template <class Base, class W, class Acc, Space S>
 struct DoraNorms {
   static constexpr const char* name = "dora_norms";
-  static constexpr double rounding = detail::rounding_of<Acc>();
   MatrixView<const Base, S> weights;        // [d_out, d_in]
   VectorView<const Acc, S> squares;         // [d_out]
   MatrixView<const W, S> A;                 // [r, d_in]
@@ -102,8 +111,7 @@ struct DoraNorms {
         const Acc w = widen<Acc>(weights(i, c)) + scale * change;
         return w * w;
       });
-      const Acc noise = Acc(rounding * static_cast<double>(A.rows + 2));
-      if (n2 < noise * noise * (squares[i] + last)) n2 = Acc(0);  // not where both are infinite
+      n2 = detail::without_rounding<Acc>(n2, squares[i], last, A.rows);
     }
     using std::sqrt;
     team.once([&] { norms[i] = sqrt(n2); });

@@ -13,7 +13,8 @@
 ///              rank-major, q [T, d_out]; φ [T, E], a Scores.
 /// Writes:      φ [E] or [T, E], standard errors [E], assigned; the value (ops/loss.hpp).
 /// Adds to:     Scores::dlogits [T, E].
-/// Errors:      more than 16 experts (exact) or 63 (sampled), fewer than 2 orders; shapes; small workspace.
+/// Errors:      more than 16 experts (exact) or 63 (sampled), fewer than 2 orders; τ or 1/τ that is not above 0 and finite as
+///              a score; shapes; small workspace.
 /// Cost:        exact 2^n calls of v, sampled orders·n; rank space 2·T·R·d_out + 2·T·R² + 2·R²·d_out flop,
 ///              shapley_scratch_bytes.
 /// Determinism: sampled: a pure function of the key. Rank space: a row depends on its own row only.
@@ -291,13 +292,15 @@ loss_value_t<score_t<F>, space_of<F>> shapley_loss(const Backend& be, const F& f
   const char* const op = "shapley_loss";
   const Scores<Score, S>& scores = detail::source_of<F>::scores(from);
   detail::check_scores(op, "logits", scores.logits, "dlogits", scores.dlogits, options.weight, scores.valid);
-  check::above_zero(op, "temperature", options.temperature);
+  const Score temperature = static_cast<Score>(options.temperature);
+  check::above_zero(op, "temperature", temperature);
+  check::above_zero(op, "1 / temperature", Score(1) / temperature);
   check::shape(op, "phi", phi, "the rows of the logits", scores.logits.rows, "the number of experts",
                scores.logits.cols);
   if (options.weight != 0) check::disjoint(op, "dlogits", scores.dlogits, "phi", phi);
   detail::check_value_place(op, options.value);
   const auto scratch = detail::loss_scratch<Score>(op, work, phi.rows, 1, 2, 0);
-  const detail::ShapleyTerms<Score, S> terms{scores, phi, static_cast<Score>(options.temperature), scratch.terms};
+  const detail::ShapleyTerms<Score, S> terms{scores, phi, temperature, scratch.terms};
   for_rows<S>(be, phi.rows, terms);
   detail::sum_terms(be, scratch);
   const auto place = detail::value_place(scratch, options.value);

@@ -1,11 +1,11 @@
 /// Mean squared error over valid rows.
 ///
-/// Computes:    mean over all entries of valid rows of (y − target)², dy = 2(y − target)/(rows·C).
+/// Computes:    mean over all entries of valid rows of (y − target)², 0 without any; dy = 2(y − target)/(rows·C).
 /// Source:      MATH.md section 5.
 /// Reads:       y, target [T, C]; valid [T].
 /// Writes:      the value (ops/loss.hpp); dy with Into::set: rows that do not count get 0.
 /// Adds to:     dy [T, C], may be empty.
-/// Errors:      shapes, aliases; small workspace.
+/// Errors:      shapes, null, aliases; small workspace.
 /// Cost:        O(T·C); loss_workspace_bytes(T, C) is enough.
 /// Determinism: ops/loss.hpp
 /// Example:     tests/ops/losses.cpp
@@ -86,6 +86,7 @@ loss_value_t<accumulation_t<T>, S> squared_error_loss(const Backend& be, MatrixV
   check::shape(op, "target", to, "the rows of y", from.rows, "the columns of y", from.cols);
   detail::check_mask(op, options.valid, from.rows);
   detail::check_value_place(op, options.value);
+  check::view(op, "dy", dy);
   if (dy.data != nullptr) {
     check::shape(op, "dy", dy, "the rows of y", from.rows, "the columns of y", from.cols);
     check::disjoint(op, "dy", dy, "y", from);
@@ -95,7 +96,8 @@ loss_value_t<accumulation_t<T>, S> squared_error_loss(const Backend& be, MatrixV
   for_rows<S>(be, from.rows, detail::SquaredErrorTerms<T, Acc, S>{from, to, options.valid, scratch.terms});
   detail::sum_terms(be, scratch);
   const auto place = detail::value_place(scratch, options.value);
-  for_rows<S>(be, 1, detail::MeanValue<Acc, S>{scratch.sums, static_cast<Acc>(from.cols), place});
+  const Index entries = from.cols == 0 ? 1 : from.cols;  // rows without entries add 0
+  for_rows<S>(be, 1, detail::MeanValue<Acc, S>{scratch.sums, static_cast<Acc>(entries), place});
   if (dy.data != nullptr && (options.weight != 0 || options.into == Into::set)) {
     for_rows<S>(be, from.rows,
                 detail::SquaredErrorSlopes<T, Acc, S>{from, to, options.valid, scratch.sums, dy,

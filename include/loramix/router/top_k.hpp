@@ -13,7 +13,8 @@
 /// Reads:       router [E, d_in], or [2E, d_in] with the noise's rows below (side rows); the call's selection bias [E].
 /// Writes:      State: logits, p [T, E]; ids, weights, chosen [T, k], assigned.
 /// Adds to:     dh [T, E or 2E].
-/// Errors:      k outside [1, E]; temperature, top_p, capacity or jitter out of range; a selection bias that is not [E].
+/// Errors:      k outside [1, E]; a temperature that is not above 0 and finite as a score; top_p, capacity or jitter out of
+///              range; a selection bias that is not [E].
 /// Cost:        O(T·(E + k·E)); capacity O(T·k·E), by priority O((T·k)²).
 /// Determinism: a row depends on itself only, but for capacity, which depends on the batch by its nature. The same choice
 ///              on every device where logits agree.
@@ -130,8 +131,8 @@ struct TopKGate {
     const auto demand = [op](bool good, const char* what, const char* range) {
       if (!good) fail(check::detail::about(ErrorCode::value, op, what) << " must be " << range);
     };
-    const double tau = rule.temperature, scale = rule.route_scale;
-    check::above_zero(op, "temperature", tau);
+    const double scale = rule.route_scale;
+    check::above_zero(op, "temperature", static_cast<Score>(rule.temperature));
     demand(scale - scale == 0, "route_scale", "finite");
     demand(rule.top_p >= 0 && rule.top_p <= 1, "top_p", "in [0, 1]");
     demand(rule.capacity >= 0 && rule.capacity <= 1e6, "capacity", "in [0, 1e6]");

@@ -12,7 +12,7 @@
 /// Writes:      λ of pruned ranks; on the host also each layer's active_rank; the loss [1].
 /// Adds to:     gradients of A and B, weight times the loss's; the value is without its weight.
 /// Errors:      n_i + n_f > N, an interval below 1, budgets below 0 or b_T > b_0, layers that are not those it was made
-///              for.
+///              for, gradients that are not of their size: before any write.
 /// Cost:        a few flop per parameter and step; prune (Σr)² comparisons; the loss 4·r²·(d_in + d_out) flop and r² +
 ///              1 values of workspace. The constructor allocates, nothing else does; nothing waits for the device.
 /// Determinism: sums in a fixed order; the same ranks whatever the threads.
@@ -219,9 +219,12 @@ class AdaBudget {
                const Clip* guard = nullptr) {
     check_layers("measure", layers);
     check::same("measure", "gradients", "size", size_of(gradients), "the number of layers", size_of(layers));
+    for (std::size_t i = 0; i < layers.size(); ++i) {  // all of them before the first average is written
+      check::same("measure", "a gradient", "size", gradients[i]->parameters().size, "its layer's",
+                  layers[i]->parameters().size);
+    }
     for (std::size_t i = 0; i < layers.size(); ++i) {
       const VectorView<const typename A::element, space> weights = layers[i]->parameters();
-      check::same("measure", "a gradient", "size", gradients[i]->parameters().size, "its layer's", weights.size);
       using Body = detail::AdaMeasure<typename A::element, typename A::precision::gradient, Acc, space>;
       for_rows<space>(be, detail::flat_rows(weights.size),
                       Body{weights, gradients[i]->parameters(), layers_[i].importance.view(),

@@ -7,8 +7,9 @@
 ///              its master.
 /// Reads:       g [n], the gradient.
 /// Writes:      w [n], the weights; m, v and the master [n].
-/// Errors:      shape, null, alias; lr, decay or ε negative or not finite; β outside [0, 1); t below 1; groups:
-///              train/groups.hpp. All before any write.
+/// Errors:      shape, null, alias; lr or decay negative or not finite; ε not above 0 and finite in the moments' type: it is
+///              all that is divided by where gradients are 0; β outside [0, 1); t below 1; groups: train/groups.hpp. All
+///              before any write.
 /// Cost:        about 15 flop and 7 memory accesses per weight; no allocation in a step, on the device one launch for all
 ///              groups of an adapter. State: 2 values per weight (3 with 16-bit weights), of the accumulation type, owned by
 ///              the AdamW in the adapter's space.
@@ -106,7 +107,7 @@ AdamWRows<W, std::remove_const_t<G>, M, S> adamw_rows(VectorView<W, S> w, Vector
   if constexpr (is_16bit<W>) check_beside(op, "master", master, w);
   check_number(op, "lr", with.lr);
   check_number(op, "weight_decay", with.weight_decay);
-  check_number(op, "eps", with.eps);
+  check::above_zero(op, "eps", static_cast<M>(with.eps));
   check_number(op, "beta1", with.beta1, 1);
   check_number(op, "beta2", with.beta2, 1);
   check::at_least(op, "t", with.t, 1);
@@ -164,7 +165,7 @@ class AdamW {
     lr(options.lr);
     detail::check_number("AdamW", "beta1", options.beta1, 1);
     detail::check_number("AdamW", "beta2", options.beta2, 1);
-    detail::check_number("AdamW", "eps", options.eps);
+    check::above_zero("AdamW", "eps", static_cast<State>(options.eps));
   }
 
   /// The learning rate from the next step on, as a schedule says.

@@ -1,13 +1,16 @@
 /// A new task for a trained MoRE: its embedding alone is trained, then it joins the others.
 ///
-/// Computes:    new_task: an adapter of one task with the old A, B and selector, whose embedding is fresh ~ N(0, 0.01²) or
-///              Σ a_i e_i with Σ a_i = 1; only_new_task(): the rules by which an optimiser moves nothing but it;
-///              task_weight_gradient: da_i += ⟨de, e_i⟩ for who trains a instead of the embedding that it makes;
-///              append_task: all old tasks and the new one.
+/// Computes:    new_task: an adapter of one task with the old A, B and selector, whose embedding is fresh ~ N(0, 0.01²), the
+///              row that initialise would have drawn after those of the known tasks, or Σ a_i e_i with Σ a_i = 1;
+///              only_new_task(): the rules by which an optimiser moves nothing but it; task_weight_gradient:
+///              da_i += ⟨de, e_i⟩ for who trains a instead of the embedding that it makes; append_task: all old tasks and
+///              the new one.
 /// Source:      MATH.md section 4 (MoRE, few-shot task).
 /// Parameters:  more: any MoRE on the host; a [tasks] read, da [tasks] added to.
-/// Errors:      a of another size, or with a sum that is not 1 (to 1e-6); adapters of different configuration.
-/// Cost:        a copy of the parameters.
+/// Errors:      a of another size, or with a sum that is not 1 (to 1e-6). append_task: more than one new task; another d_in,
+///              d_out, rank, alpha, law, choice or task_embedding. What matters in training alone (dropout, straight_through)
+///              may differ; A, B and the selector are those of the old adapter and are not compared.
+/// Cost:        a copy of the parameters; a fresh embedding draws those of the known tasks again.
 /// Determinism: old tasks' parameters, ranks and outputs stay bit-identical.
 /// Example:     tests/train/few_shot.cpp
 #pragma once
@@ -49,11 +52,15 @@ More<P, Space::host, T> with_tasks(const More<P, Space::host, T>& more, Index ta
 
 }  // namespace detail
 
-/// A fresh embedding.
+/// A fresh embedding, which is none of the known tasks' though seed and site be theirs.
 template <class P, class T>
 More<P, Space::host, T> new_task(const More<P, Space::host, T>& more, const InitialiseOptions& options) {
   auto one = detail::with_tasks(more, 1);
-  Fill(options).normal("task_embedding.weight", one.gate().scorer.embedding, 0.01 * 0.01);
+  const auto to = one.gate().scorer.embedding;
+  const Index known = more.config().tasks;
+  Matrix<T> drawn(known + 1, to.cols);
+  Fill(options).normal("task_embedding.weight", drawn.view(), 0.01 * 0.01);
+  detail::copy_values<T>(drawn.view().row_range(known, 1), to);
   return one;
 }
 
@@ -102,14 +109,25 @@ inline std::vector<GroupRule> only_new_task() {
 /// `more` with the task that `one` was trained on as its last.
 template <class P, class T>
 More<P, Space::host, T> append_task(const More<P, Space::host, T>& more, const More<P, Space::host, T>& one) {
-  check::same("append_task", "the new adapter", "tasks", one.config().tasks, "one task", 1);
-  check::same("append_task", "the new adapter", "d_in", one.config().d_in, "the old one's", more.config().d_in);
-  check::same("append_task", "the new adapter", "rank", one.config().rank, "the old one's", more.config().rank);
-  const Index old = more.config().tasks;
+  const char* const op = "append_task";
+  const MoreConfig &known = more.config(), &fresh = one.config();
+  check::same(op, "the new adapter", "tasks", fresh.tasks, "one task", 1);
+  check::same(op, "the new adapter", "d_in", fresh.d_in, "the old one's", known.d_in);
+  check::same(op, "the new adapter", "d_out", fresh.d_out, "the old one's", known.d_out);
+  check::same(op, "the new adapter", "rank", fresh.rank, "the old one's", known.rank);
+  const auto alike = [op](bool same, const char* field) {
+    if (same) return;
+    fail(check::detail::about(ErrorCode::value, op, "the new adapter")
+         << " has another " << field << " than the old one");
+  };
+  alike(fresh.alpha == known.alpha, "alpha");
+  alike(fresh.rule.law == known.rule.law, "law");
+  alike(fresh.rule.choice == known.rule.choice, "choice");
+  alike(fresh.task_embedding == known.task_embedding, "task_embedding");
+  const Index old = known.tasks;
   auto all = detail::with_tasks(more, old + 1);
   const auto to = all.gate().scorer.embedding;
   const auto from = one.gate().scorer.embedding;
-  check::same("append_task", "the embedding", "size", from.cols, "the old ones'", to.cols);
   detail::copy_values<T>(more.gate().scorer.embedding, to.row_range(0, old));
   detail::copy_values<T>(from, to.row_range(old, 1));
   return all;
