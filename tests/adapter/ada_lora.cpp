@@ -298,7 +298,7 @@ TEST_CASE("a gradient of another size is refused before the averages of any laye
   const auto values = [](auto average) { return std::vector<double>(average.data, average.data + average.size); };
   const std::vector<double> importance = values(budget.importance(0)), uncertainty = values(budget.uncertainty(0));
   l.grads[1] = l.grads[0];  // of layer 0, whose own is right
-  check_error(lm::ErrorCode::shape, {"measure", "a gradient"}, [&] { budget.measure(be, l.layers, l.grads); });
+  check_error(lm::ErrorCode::shape, {"measure", "grad"}, [&] { budget.measure(be, l.layers, l.grads); });
   const auto same = [](auto average, const std::vector<double>& before) {
     return std::memcmp(average.data, before.data(), before.size() * sizeof(double)) == 0;
   };
@@ -307,6 +307,23 @@ TEST_CASE("a gradient of another size is refused before the averages of any laye
   l.grads[1] = &l.gradients[1];
   budget.measure(be, l.layers, l.grads);
   CHECK_FALSE(same(budget.importance(0), importance));
+}
+
+TEST_CASE("a gradient of the same size, of another layer, is refused") {
+  A up({.d_in = 16, .d_out = 64, .rank = 4}), down({.d_in = 64, .d_out = 16, .rank = 4});
+  auto of_up = lm::zeros_like(up), of_down = lm::zeros_like(down);
+  REQUIRE(of_up.parameters().size == of_down.parameters().size);
+  const lm::cpu::Backend be;
+  const std::vector<A*> layers{&up, &down};
+  const std::vector<decltype(of_up)*> swapped{&of_down, &of_up};
+  lm::AdaBudget<A> budget(layers, {.total_steps = 10, .initial_budget = 3, .final_budget = 3});
+  check_error(lm::ErrorCode::shape, {"measure", "grad", "other shapes"}, [&] { budget.measure(be, layers, swapped); });
+  double value = 0;
+  Memory memory(lm::orthogonality_bytes<A>(4) + 64);
+  check_error(lm::ErrorCode::shape, {"orthogonality_loss", "grad", "other shapes"}, [&] {
+    lm::orthogonality_loss(be, std::span<A* const>(layers), std::span<decltype(of_up)* const>(swapped), {}, {&value, 1},
+                           memory.arena());
+  });
 }
 
 TEST_CASE("merge is W + s B diag(λ) A; undo is bitwise") {

@@ -105,6 +105,16 @@ TEST_CASE_TEMPLATE("backward refuses what does not belong together, and writes n
   REQUIRE(need < static_cast<Index>(sizeof memory));
   refused(Code::arena, {"backward", "work", std::to_string(need - 64), "1 too few"}, x, dy, dx, {memory, need - 65});
 
+  if constexpr (lm::ProductAdapter<A>) {  // a mask that was saved is read again
+    const auto kept = saved.dropout;
+    saved.dropout.mask = reinterpret_cast<std::uint8_t*>(dx.data());
+    saved.dropout.mask_stride = lm::mask_bytes(in);
+    refused(Code::alias, {"dx", "mask"}, x, dy, dx, work);
+    lm::Arena<> of_work = work;
+    saved.dropout.mask = reinterpret_cast<std::uint8_t*>(of_work.matrix<float>(1, 1).data);
+    refused(Code::alias, {"work", "mask"}, x, dy, dx, work);
+    saved.dropout = kept;
+  }
   auto small_config = b.adapter.config();
   small_config.d_in += 16;
   auto small = lm::gradient_t<A>(small_config);

@@ -662,6 +662,11 @@ TEST_CASE("bad input is refused at the door") {
   check_error(Code::alias, {"mix_experts", "hbar", "u"},
               [&] { lm::mix(be, e.mix, saved, e.u, e.v, e.u, e.work.arena()); });
   check_error(Code::arena, {"mix_experts", "work"}, [&] { lm::mix(be, e.mix, saved, e.u, e.v, e.hbar, {}); });
+  const auto of_saved = [](const auto& view) {
+    return lm::Arena<>(view.data, view.rows * view.cols * lm::Index{sizeof(double)});
+  };
+  check_error(Code::alias, {"mix_experts", "work", "saved"},
+              [&] { lm::mix(be, e.mix, saved, e.u, e.v, e.hbar, of_saved(saved.z)); });
   check_error(Code::state, {"finish", "saved", "mix", "route"},
               [&] { lm::finish(be, e.mix, saved, e.y, e.work.arena()); });
   const Engine other(config(5, 2), 9);

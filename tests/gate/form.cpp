@@ -217,6 +217,8 @@ TEST_CASE("check_form refuses what a form must not be") {
   refuses(lm::ErrorCode::null, {"the_op", "gate ids", "null address"}, f);
   f = lm::TokenExperts<double>{{nullptr, 0, 3}}.form(tokens, ranks);
   refuses(lm::ErrorCode::null, {"the_op", "gate weights", "null address"}, f);
+  f = lm::TopKExperts<double>{{nullptr, 0, 0}, {nullptr, 0, 2}, 3}.form(tokens, ranks);
+  lm::check_form("the_op", f, tokens, ranks);  // weights that are empty are 1
   f = lm::TopKExperts<double>{{bad_low, tokens, 0}, {}, 3}.form(tokens, ranks);
   lm::check_form("the_op", f, tokens, ranks);  // k = 0 with an address: nothing is open
 

@@ -95,6 +95,6 @@ TEST_CASE("shared memory that one launch was given is not taken from the next on
   CHECK(out[0] == 7);
   CHECK(error_of([&] {
           lm::gpu::detail::launch(gpu.backend(), "end_of_shared", &end_of_shared, dim3(1), 1, Index{1} << 20, 1, seven);
-        }).find("end_of_shared failed") != std::string::npos);
+        }).find("launch of end_of_shared failed") != std::string::npos);
   CHECK(cudaGetLastError() == cudaSuccess);
 }

@@ -32,12 +32,15 @@ class GpuHarness {
   GpuHarness& operator=(const GpuHarness&) = delete;
 
   loramix::gpu::Backend backend() {
+    loramix::gpu::Tuning fitting = tuning;  // a card may have less shared memory than the default asks for
+    const loramix::Index there = loramix::gpu::machine_of(0).shared_bytes;
+    if (fitting.machine.shared_bytes > there) fitting.machine.shared_bytes = there;
     return {.stream = stream_,
             .cublas = cublas_,
             .status = status(),
             .blas_bytes = 1 << 16,
             .tickets = with_tickets ? tickets_.address() : nullptr,
-            .tuning = tuning};
+            .tuning = fitting};
   }
   cudaStream_t stream() const { return stream_; }
   cublasHandle_t cublas() const { return cublas_; }

@@ -363,7 +363,7 @@ void backward(const Backend& be, const A& adapter, const DoraBase<A>& base, Dora
                                                   {},           {}, dx, options.parameters, Into::add};
   MatrixView<typename Ops::G, A::space> dm;
   if constexpr (trained) {
-    detail::check_gradient_shapes(op, adapter, grad);
+    detail::check_gradient_of(op, adapter, grad);
     expand.dB = grad.B();
     shrink.dA = grad.A();
     dm = grad.magnitude();

@@ -9,7 +9,7 @@
 ///              builds weights that changed since forward.
 /// Cost:        adapter.cost(T); workspace_bytes and reserve_bytes; no allocation. A router with jitter reads a copy of
 ///              x of its own: one more pass over x forward, two more backward.
-/// Determinism: ADR 0005. Saving, packing and the number of threads never change a bit of y.
+/// Determinism: ADR 0005. Saving, packing (but for AMX's tiles) and the number of threads never change a bit of y.
 /// Example:     examples/engine, examples/train
 #pragma once
 #include <initializer_list>
@@ -572,6 +572,7 @@ Dropout begin_forward(const Backend& be, const A& adapter, X x, const Arena<A::s
                       const ForwardOptions<A::space>& options) {
   const char* const op = "forward";
   check::view(op, "x", x);
+  check::view(op, "mask", options.mask);
   if (options.mask.data != nullptr) {
     if constexpr (ProductAdapter<A>) {
       check::shape(op, "mask", options.mask, "the number of tokens", x.rows, "mask_bytes of d_in", mask_bytes(x.cols));
@@ -707,6 +708,11 @@ void begin_backward(const Backend& be, const A& adapter, const Saved& saved, X x
   check::disjoint(op, "work", memory, "dy", dy);
   check::disjoint(op, "work", memory, "dx", dx);
   check::disjoint(op, "work", memory, "saved", saved.u);
+  const Dropout& dropout = saved.dropout;
+  if (dropout.mask == nullptr) return;
+  const MatrixView<const std::uint8_t, A::space> mask{dropout.mask, x.rows, mask_bytes(x.cols), dropout.mask_stride};
+  check::disjoint(op, "work", memory, "mask", mask);
+  check::disjoint(op, "dx", dx, "mask", mask);
 }
 
 /// Whether parameters are trained; refuses anything but the adapter's own gradient or lm::frozen.
@@ -716,24 +722,6 @@ constexpr bool check_gradient_type() {
   static_assert(!trained || std::is_same_v<Gradient, gradient_t<A>>,
                 "loramix: backward's gradient must be lm::zeros_like(adapter) or lm::frozen");
   return trained;
-}
-
-/// The shapes of an adapter's parameters, in one number.
-template <class A>
-std::uint64_t shapes_of(const A& adapter) {
-  std::uint64_t hash = 0;
-  A::visit(adapter, [&hash](const char*, auto view, ParameterGroup) {
-    hash = fold(hash, static_cast<std::uint64_t>(view.rows));
-    hash = fold(hash, static_cast<std::uint64_t>(view.cols));
-  });
-  return hash;
-}
-/// Refuses the gradient of an adapter of other shapes: its buffer may be padded to the same size.
-template <class A, class Gradient>
-void check_gradient_shapes(const char* op, const A& adapter, const Gradient& grad) {
-  check::same(op, "grad", "size", grad.parameters().size, "the adapter's", adapter.parameters().size);
-  if (shapes_of(grad) == shapes_of(adapter)) return;
-  fail(check::detail::about(ErrorCode::shape, op, "grad") << " has parameters of other shapes than the adapter");
 }
 
 }  // namespace detail
@@ -826,7 +814,7 @@ void backward(const Backend& be, const A& adapter, Saved<A>& saved,
   typename T::ShrinkBackwardOp shrink{adapter.A(),        T::side(gate), x, saved.dropout, du, saved.dh, {}, {}, dx,
                                       options.parameters, options.input};
   if constexpr (trained) {
-    detail::check_gradient_shapes("backward", adapter, grad);
+    detail::check_gradient_of("backward", adapter, grad);
     shrink.dA = grad.A();
     expand.dB = grad.B();
     by_rank = detail::RankGradients<A>::carve(work, adapter);

@@ -164,7 +164,7 @@ void backward(const Backend& be, const A& adapter, FusedSaved<A>& saved,
   typename Ops::ShrinkBackwardOp shrink{adapter.A(), {}, x,  saved.dropout,      du,           {},
                                         {},          {}, dx, options.parameters, options.input};
   if constexpr (trained) {
-    detail::check_gradient_shapes("backward", adapter, grad);
+    detail::check_gradient_of("backward", adapter, grad);
     shrink.dA = grad.A();
   }
   shrink.check();

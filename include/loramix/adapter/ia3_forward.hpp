@@ -112,7 +112,7 @@ void backward(const Backend& be, const A& adapter, Ia3Saved<A>& saved,
                                                                    options.input,         true};
   MatrixView<typename A::precision::gradient, A::space> dl;
   if constexpr (trained) {
-    detail::check_gradient_shapes("backward", adapter, grad);
+    detail::check_gradient_of("backward", adapter, grad);
     dl = grad.l();
   }
   op.check();

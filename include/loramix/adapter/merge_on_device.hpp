@@ -101,6 +101,8 @@ void merge(const Backend& be, const A& adapter, MatrixView<T, Space::device> wei
   check::shape(op, "weights", weights, "d_out of the adapter", up.rows, "d_in of the adapter", down.cols);
   check::disjoint(op, "weights", weights, "A", down);
   check::disjoint(op, "weights", weights, "B", up);
+  check::view(op, "before", places.before);
+  check::view(op, "report", places.report);
   if (places.before.data != nullptr) {
     check::shape(op, "before", places.before, "the rows of weights", weights.rows, "the columns of weights",
                  weights.cols);

@@ -187,6 +187,13 @@ void check_stage(const char* op, const A& adapter, const MixLoraSaved<A>& saved,
   }
   check_origin(op, adapter, saved.origin);
 }
+/// A stage's op, in memory apart from what the stages keep.
+template <class Backend, class Op, MixLoraAdapter A>
+void execute_stage(const Backend& be, const Op& op, const MixLoraSaved<A>& saved, Arena<A::space> work) {
+  op.check();
+  check::disjoint(Op::name, "work", work.next(scratch_bytes(be, op)), "saved", saved.z);
+  execute(be, op, work);
+}
 /// A stage's last act: copies from before it are stale.
 template <MixLoraAdapter A>
 void pass_stage(MixLoraSaved<A>& saved, MixLoraStage now) {
@@ -297,7 +304,7 @@ void mix(const Backend& be, const A& adapter, MixLoraSaved<A>& saved,
          MatrixView<const typename A::precision::activation, A::space> v,
          MatrixView<typename A::precision::activation, A::space> hbar, Arena<A::space> work) {
   detail::check_stage("mix", adapter, saved, MixLoraStage::routed);
-  execute(be, detail::MixLoraOps<A>::mix(adapter, saved, u, v, hbar), work);
+  detail::execute_stage(be, detail::MixLoraOps<A>::mix(adapter, saved, u, v, hbar), saved, work);
   detail::pass_stage(saved, MixLoraStage::mixed);
 }
 
@@ -306,7 +313,7 @@ template <class Backend, MixLoraAdapter A>
 void finish(const Backend& be, const A& adapter, MixLoraSaved<A>& saved,
             MatrixView<typename A::precision::activation, A::space> y, Arena<A::space> work, Into into = Into::add) {
   detail::check_stage("finish", adapter, saved, MixLoraStage::mixed);
-  execute(be, detail::MixLoraOps<A>::expand(adapter, saved, y, into), work);
+  detail::execute_stage(be, detail::MixLoraOps<A>::expand(adapter, saved, y, into), saved, work);
   detail::pass_stage(saved, MixLoraStage::finished);
 }
 
@@ -345,7 +352,7 @@ void finish_backward(const Backend& be, const A& adapter, MixLoraSaved<A>& saved
   }
   auto op = detail::MixLoraOps<A>::expand_backward(adapter, saved, dy, into);
   if constexpr (detail::check_gradient_type<A, Gradient>()) op.dB = grad.B2();
-  execute(be, op, work);
+  detail::execute_stage(be, op, saved, work);
   detail::pass_stage(saved, MixLoraStage::down_done);
 }
 
@@ -365,7 +372,7 @@ void mix_backward(const Backend& be, const A& adapter, MixLoraSaved<A>& saved,
     op.dB3 = grad.B3();
     op.dA2 = grad.A2();
   }
-  execute(be, op, work);
+  detail::execute_stage(be, op, saved, work);
   detail::pass_stage(saved, MixLoraStage::middle_done);
 }
 
@@ -386,7 +393,9 @@ void route_backward(const Backend& be, const A& adapter, MixLoraSaved<A>& saved,
     shrink.dside = grad.side();
   }
   shrink.check();
-  work.require(op, "work", detail::without_alignment<A>(workspace_bytes(be, adapter, x.rows, Pass::backward)));
+  const Index bytes = detail::without_alignment<A>(workspace_bytes(be, adapter, x.rows, Pass::backward));
+  work.require(op, "work", bytes);
+  check::disjoint(op, "work", work.next(bytes), "saved", saved.z);
 
   const auto gate = adapter.gate();
   detail::run_gate_backward(be, gate, saved.h, saved.state, saved.dstate, saved.dh, saved.call, frozen,

@@ -74,7 +74,7 @@ void backward(const Backend& be, const A& adapter, PromptSaved<A>& saved,
                adapter.config().d_in);
   MatrixView<typename A::precision::gradient, A::space> dprompt;
   if constexpr (trained) {
-    detail::check_gradient_shapes("backward", adapter, grad);
+    detail::check_gradient_of("backward", adapter, grad);
     dprompt = grad.rows();
   }
   prepend_rows_backward<Acc>(be, dy, saved.sequences, adapter.config().rows, dprompt, options.parameters, dx,

@@ -184,7 +184,7 @@ void backward(const Backend& be, const A& adapter, ReparamSaved<A>& saved,
   typename Ops::ShrinkBackwardOp shrink{adapter.A(), {}, x,  saved.dropout,      du,           {},
                                         {},          {}, dx, options.parameters, options.input};
   if constexpr (trained) {
-    detail::check_gradient_shapes("backward", adapter, grad);
+    detail::check_gradient_of("backward", adapter, grad);
     expand.dB = Ops::carve(work, adapter);
     shrink.dA = grad.A();
   }

@@ -18,6 +18,7 @@
 #pragma once
 #include <concepts>
 
+#include <loramix/core/draws.hpp>
 #include <loramix/core/matrix.hpp>
 #include <loramix/core/precision.hpp>
 
@@ -176,6 +177,29 @@ Index parameter_count(const A& adapter) {
   A::visit(adapter, [&count](const char*, auto view, ParameterGroup) { count += view.rows * view.cols; });
   return count;
 }
+
+namespace detail {
+
+/// Names and shapes of parameters, in one number.
+template <class A>
+std::uint64_t layout_of(const A& adapter) {
+  std::uint64_t hash = site("");
+  A::visit(adapter, [&hash](const char* name, auto view, ParameterGroup) {
+    hash = site(name, hash);
+    hash = fold(hash, static_cast<std::uint64_t>(view.rows));
+    hash = fold(hash, static_cast<std::uint64_t>(view.cols));
+  });
+  return hash;
+}
+/// Refuses the gradient of an adapter of other shapes: its buffer may be as large.
+template <class A, class Gradient>
+void check_gradient_of(const char* op, const A& adapter, const Gradient& grad) {
+  check::same(op, "grad", "size", grad.parameters().size, "the adapter's", adapter.parameters().size);
+  if (layout_of(grad) == layout_of(adapter)) return;
+  fail(check::detail::about(ErrorCode::shape, op, "grad") << " has parameters of other shapes than the adapter");
+}
+
+}  // namespace detail
 
 }  // namespace LORAMIX_ABI
 }  // namespace loramix

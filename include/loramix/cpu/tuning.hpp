@@ -39,8 +39,9 @@ struct Tuning {
   Order order = Order::by_class;
   Grouping grouping = Grouping::automatic;
   Index sweep = 1024;  // columns of x or y in one sweep over few tokens, or over those of an expert; of a piece of dY
-  Index weights = 128 * 1024;    // values of a block of packed weights, which stays in L2 during its sweep
-  Index tokens_per_sum = 96;     // tokens added to dA, dB, of more than 32 ranks, before their sums leave the registers
+  Index weights = 128 * 1024;  // values of a block of packed weights, which stays in L2 during its sweep
+  Index tokens_per_sum =
+      96;  // tokens added to dA, dB before their sums leave the registers; a third of it where few ranks read x in place
   Index serial_bytes = 1 << 17;  // T ≤ 4: weights below which other threads are not worth waking
 };
 

@@ -71,7 +71,7 @@ struct StatusFlags {
   std::uint32_t bad_group_id = 0;
 };
 
-/// Every slot a gate can fill; null views are absent.
+/// Every slot a gate can fill. Views without an address and a size are absent.
 template <class Score, Space S = Space::host>
 struct GateForm {
   Index tokens = 0;                     // T
@@ -322,7 +322,7 @@ void check_form(const char* op, const GateForm<Score, S>& form, Index tokens, In
   if (form.ids.data == nullptr && form.ids.rows != 0 && tokens != 0) {
     fail(check::detail::about(ErrorCode::null, op, "gate ids") << " has rows, but no columns and a null address");
   }
-  detail::check_presence(op, "gate id_weights", form.id_weights, Groups<S>{}, tokens);
+  check::view(op, "gate id_weights", form.id_weights);  // empty: 1
   detail::check_presence(op, "gate prefix", form.prefix, form.prefix_groups, tokens);
   detail::check_presence(op, "gate subset", form.subset, form.subset_groups, tokens);
   detail::check_presence(op, "gate weights", form.weights, form.weight_groups, tokens);
@@ -365,11 +365,14 @@ void check_form(const char* op, const GateForm<Score, S>& form, Index tokens, In
 template <class Score, Space S>
 void check_gradient(const char* op, const GateForm<Score, S>& form, const GateGradient<Score, S>& gradient) {
   const auto like = [op](const char* name, auto got, auto want) {
+    check::view(op, name, got);
     if (got.data != nullptr) check::shape(op, name, got, "rows of the factor", want.rows, "its columns", want.cols);
   };
   like("gate gradient id_weights", gradient.id_weights, form.id_weights);
   like("gate gradient weights", gradient.weights, form.weights);
   like("gate gradient values", gradient.values, form.values);
+  check::view(op, "gate gradient multiplier", gradient.multiplier);
+  check::view(op, "gate gradient rank_scale", gradient.rank_scale);
   if (gradient.multiplier.data != nullptr) {
     check::same(op, "gate gradient multiplier", "size", gradient.multiplier.size, "the factor's", form.multiplier.size);
   }

@@ -17,6 +17,7 @@
 #pragma once
 #include <loramix/gpu/backend.cuh>
 #include <loramix/gpu/expand.cuh>
+#include <loramix/gpu/launch.cuh>
 #include <loramix/gpu/rows.cuh>
 #include <loramix/gpu/shrink.cuh>
 #include <loramix/gpu/token_sum.cuh>

@@ -21,7 +21,9 @@ template <class Kernel>
 void allow_shared(Kernel* kernel, Index bytes) {
   cudaFuncAttributes of_kernel;
   check_cuda("cudaFuncGetAttributes", cudaFuncGetAttributes(&of_kernel, kernel));
-  if (of_kernel.maxDynamicSharedSizeBytes >= bytes) return;
+  const Index may = of_kernel.maxDynamicSharedSizeBytes;
+  if (may >= bytes && may > Index{48} << 10)
+    return;  // 48 KiB: not asked yet, a kernel's own variables may count in it or not
   int device = 0;
   check_cuda("cudaGetDevice", cudaGetDevice(&device));
   const Index most = machine_of(device).shared_bytes - static_cast<Index>(of_kernel.sharedSizeBytes);
@@ -40,7 +42,7 @@ void launch(const Backend& be, const char* name, void (*kernel)(Parameters...), 
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<std::size_t>(shared);
   config.stream = be.stream;
-  check_cuda(name, cudaLaunchKernelEx(&config, kernel, arguments...));
+  check_cuda("launch of ", cudaLaunchKernelEx(&config, kernel, arguments...), name);
 }
 
 }  // namespace detail

@@ -7,15 +7,14 @@
 /// Reads:       a LoRA in host or device memory.
 /// Writes:      A, B, scale and id of the slot.
 /// Errors:      a slot that is none, another shape, a rank that has no room: before any write; CUDA failures (ErrorCode::device).
-/// Cost:        one slot is copied, on `stream`: forwards enqueued there before see the old one. Host memory is read before the call
-///              returns where it is not pinned. Not for captures.
+/// Cost:        one slot is copied, on `stream`: forwards enqueued there before see the old one. A LoRA in host memory must live until
+///              the stream has passed it (where it is not pinned CUDA may have read it before, and need not). Not for captures.
 /// Determinism: bit for bit.
 /// Example:     tests/gpu/serving.cu (include loramix/adapter/served.hpp for what is served)
 #pragma once
-#include <vector>
-
 #include <loramix/core/adapter.hpp>
 #include <loramix/gpu/buffer.cuh>
+#include <loramix/gpu/launch.cuh>
 
 namespace loramix {
 inline namespace LORAMIX_ABI {
@@ -40,6 +39,13 @@ template <class T>
 void enqueue_zeros(cudaStream_t stream, T* values, Index n) {
   if (n == 0) return;
   check_cuda("cudaMemsetAsync", cudaMemsetAsync(values, 0, static_cast<std::size_t>(n) * sizeof(T), stream));
+}
+/// scales = scale, and the slot's id: by one block, with values that travel with the launch.
+template <class Score>
+__global__ void __launch_bounds__(128)
+    name_slot_kernel(Score scale, Score* scales, Index room, std::int32_t e, std::int32_t* id) {
+  for (Index i = threadIdx.x; i < room; i += blockDim.x) scales[i] = scale;
+  if (threadIdx.x == 0) *id = e;
 }
 }  // namespace detail
 
@@ -68,10 +74,10 @@ void place(cudaStream_t stream, const Lora& lora, Served& served, Index e) {
   copy(stream, lora.B(), served.B(e).col_range(0, rank));
   detail::enqueue_zeros(stream, served.A(e).data + rank * d_in, (room - rank) * d_in);
   detail::enqueue_zeros(stream, served.B(e).data + rank * d_out, (room - rank) * d_out);
-  const std::vector<Score> scales(static_cast<std::size_t>(room), Score(lora.scale()));
-  const auto id = static_cast<std::int32_t>(e);
-  copy(stream, VectorView<const Score>(scales.data(), room), served.scales(e));
-  copy(stream, VectorView<const std::int32_t>(&id, 1), served.id(e));
+  Backend be;
+  be.stream = stream;
+  detail::launch(be, "name_slot_kernel", &detail::name_slot_kernel<Score>, dim3(1), 128, 0, Score(lora.scale()),
+                 served.scales(e).data, room, static_cast<std::int32_t>(e), served.id(e).data);
 }
 
 }  // namespace gpu

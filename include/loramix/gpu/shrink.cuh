@@ -240,6 +240,7 @@ class ShrinkBlock {
         drop(s % stages, begin + s * shrink_stage);
         __syncthreads();
       }
+      __syncwarp();  // ldmatrix is for whole warps, and lanes come from loops of different lengths
       multiply(acc, s % stages);
       if (apart) __syncthreads();  // the copy of x is free
     }
@@ -509,7 +510,9 @@ __global__ void __launch_bounds__(256, 1)
   NearRows near;
   if (task.near) {
     const Index pitch = task.group + 8;  // the block's tile of sums, as if it began with token 0
-    near = {reinterpret_cast<const float*>(shared_memory) - token * pitch, task.x.rows, task.ranks, pitch};
+    std::uintptr_t sums = reinterpret_cast<std::uintptr_t>(shared_memory);
+    asm("" : "+l"(sums));  // from here on a generic address: in the 32 bits of a shared one the difference would wrap
+    near = {reinterpret_cast<const float*>(sums) - token * pitch, task.x.rows, task.ranks, pitch};
   }
   each_row(body, token, left < tile_rows ? static_cast<int>(left) : tile_rows, near);
 }

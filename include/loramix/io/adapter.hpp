@@ -17,6 +17,7 @@
 /// Determinism: save and load give the same bits; doubles in a config too. Equal adapters give equal files.
 /// Example:     auto lora = lm::io::load<lm::Lora<float>>("adapters.safetensors", "layers.0.mlp.up_proj");
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <limits>
 

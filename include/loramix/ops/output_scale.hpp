@@ -168,6 +168,7 @@ template <class Backend, class C, class Acc, class Y, class Passed, class G, Spa
 void output_scale_backward(const Backend& be, OutputScaleBackward<C, Acc, Y, Passed, S> op, MatrixView<G, S> dc,
                            Into parameters, Arena<S> work) {
   op.check();
+  check::view(op.name, "dc", dc);
   if (dc.data != nullptr) {
     check::shape(op.name, "sum", op.sum, "the number of tokens", op.dy.rows, "the columns of dy", op.dy.cols);
     check::shape(op.name, "dc", dc, "one", 1, "the columns of dy", op.dy.cols);

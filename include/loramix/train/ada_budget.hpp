@@ -220,8 +220,7 @@ class AdaBudget {
     check_layers("measure", layers);
     check::same("measure", "gradients", "size", size_of(gradients), "the number of layers", size_of(layers));
     for (std::size_t i = 0; i < layers.size(); ++i) {  // all of them before the first average is written
-      check::same("measure", "a gradient", "size", gradients[i]->parameters().size, "its layer's",
-                  layers[i]->parameters().size);
+      detail::check_gradient_of("measure", *layers[i], *gradients[i]);
     }
     for (std::size_t i = 0; i < layers.size(); ++i) {
       const VectorView<const typename A::element, space> weights = layers[i]->parameters();
@@ -340,7 +339,7 @@ void orthogonality_loss(const Backend& be, std::span<A* const> layers, std::span
   detail::check_number(op, "weight", options.weight);
   Index rank = 0;
   for (std::size_t i = 0; i < layers.size(); ++i) {
-    check::same(op, "a gradient", "size", gradients[i]->parameters().size, "its layer's", layers[i]->parameters().size);
+    detail::check_gradient_of(op, *layers[i], *gradients[i]);
     if (layers[i]->config().rank > rank) rank = layers[i]->config().rank;
   }
   const Index bytes = orthogonality_bytes<A>(rank);

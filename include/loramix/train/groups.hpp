@@ -159,18 +159,6 @@ std::vector<FlatRange> flat_ranges(const char* op, const A& adapter, const std::
   return ranges;
 }
 
-/// Names and shapes of parameters, in one number.
-template <class A>
-std::uint64_t layout_of(const A& adapter) {
-  std::uint64_t hash = site("");
-  A::visit(adapter, [&hash](const char* name, auto view, ParameterGroup) {
-    hash = site(name, hash);
-    hash = fold(hash, static_cast<std::uint64_t>(view.rows));
-    hash = fold(hash, static_cast<std::uint64_t>(view.cols));
-  });
-  return hash;
-}
-
 /// The flat buffers that a step is given are those of the adapter the optimiser was made for.
 template <class A, class G>
 void check_step(const char* op, const A& adapter, const G& gradient, Index size, std::uint64_t layout) {
