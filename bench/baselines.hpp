@@ -51,7 +51,7 @@ template <class Backend, class T, lm::Major MA, lm::Major MB>
 void product(const Backend& be, bool add, View<T> c, T s, View<const T, MA> a, View<const T, MB> b) {
   const bool by_rows = c.rows > c.cols;
   const Index length = by_rows ? c.rows : c.cols, lanes = be.lanes();
-  const Index part = std::max<Index>(16, (length + lanes - 1) / lanes);
+  const Index part = std::max<Index>(8, (length + lanes - 1) / lanes);
   be.run((length + part - 1) / part, [&](Index job, Index) {
     const Index begin = job * part, n = std::min(part, length - begin);
     auto out = eigen(by_rows ? c.row_range(begin, n) : c.col_range(begin, n));

@@ -2,7 +2,7 @@
 from xml.sax.saxutils import escape
 
 LEFT, WIDTH, BAR, GAP, TOP = 520, 480, 12, 6, 46
-COLOURS = {"eigen": "#c0392b", "loop": "#8e44ad", "lora": "#27ae60"}
+COLOURS = {"eigen": "#c0392b", "loop": "#8e44ad"}  # of the same product: what computes another has another floor
 
 
 def draw(rows, short):

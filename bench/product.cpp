@@ -22,16 +22,19 @@ std::vector<Baseline> baselines(const ProductRow& row, const Backend& be, Produc
     auto dense =
         row.gate == Gate::open ? nullptr : std::make_shared<lm::Matrix<float>>(dense_gate(a.T, a.R, gate.experts));
     auto eigen = std::make_shared<EigenProduct<float>>(a.T, a.R, o.A.rows, dense.get());
-    all.push_back({"eigen", [dense, call = calls<EigenProduct<float>, float>(a, be, eigen, ring)] { call(); }, same});
+    all.push_back({"eigen",
+                   [dense, call = calls<EigenProduct<float>, float>(a, be, eigen, ring, product.place())] { call(); },
+                   same});
   }
   all.push_back({"loop",
-                 calls<ExpertLoop<float>, float>(a, be, std::make_shared<ExpertLoop<float>>(o, gate.experts), ring),
+                 calls<ExpertLoop<float>, float>(a, be, std::make_shared<ExpertLoop<float>>(o, gate.experts), ring,
+                                                 product.place()),
                  same});
   if (gate.selects && !a.backward() && TokenGather<float>::elements(o, gate.experts) <= most_gathered) {
-    all.push_back(
-        {"gather",
-         calls<TokenGather<float>, float>(a, be, std::make_shared<TokenGather<float>>(a.T, o, gate.experts), ring),
-         same});
+    all.push_back({"gather",
+                   calls<TokenGather<float>, float>(a, be, std::make_shared<TokenGather<float>>(a.T, o, gate.experts),
+                                                    ring, product.place()),
+                   same});
   }
   if (gate.selects && all[0].name == "eigen") {
     Backend masked = be;
@@ -49,7 +52,8 @@ std::vector<Baseline> baselines(const ProductRow& row, const Backend& be, Produc
   if (row.side != 0) all.push_back({"lora without side rows", product.work(be, true, false), false});
   if (!row.brief) {
     all.push_back({"base",
-                   calls<BaseGemm<float>, float>(a, be, std::make_shared<BaseGemm<float>>(a.T, a.d_in, a.d_out), ring),
+                   calls<BaseGemm<float>, float>(a, be, std::make_shared<BaseGemm<float>>(a.T, a.d_in, a.d_out), ring,
+                                                 product.place()),
                    false});
   }
   return all;
@@ -75,7 +79,7 @@ void run(benchmark::State& state, const ProductRow& row, const B& be) {
   if constexpr (std::is_same_v<X, float>) {
     std::vector<Baseline> beside = baselines(row, be, product);
     if (row.gate == Gate::prefix) {
-      beside.push_back({"twin", lm::bench::MemoryTwin(be, passes[0].traffic), false});
+      beside.push_back({"twin", lm::bench::MemoryTwin(be, passes[0].traffic, passes[0].place), false});
     }
     run_row<float>(state, row.axes, product.operands(), work, floor, beside, count);
   } else {  // beside the same in float: Eigen's own 16-bit products are not careful

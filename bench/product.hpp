@@ -65,6 +65,7 @@ class Product {
 
   const GateData& gate() const { return gate_; }
   Index copies() const { return row_.copies; }
+  const lm::bench::RingPlace& place() const { return place_; }
   Index scratch() const { return scratch_.size(); }
   Operands<X> operands(Index i = 0) requires std::is_same_v<X, float> {
     return {x_.view(), y_.view(), A(i), B(i), dy_.view(), dx_.view(), dA_.view(), dB_.view(), scale};
@@ -76,10 +77,10 @@ class Product {
     Index bytes = 0;
     ops(0, closed_too, with_side, [&](const auto& op) { bytes = std::max(bytes, scratch_bytes(be, op)); });
     if (bytes > scratch_.size()) scratch_ = lm::Buffer<std::byte>(lm::Arena<>::with_alignment(bytes));
-    return [this, be, closed_too, with_side, next = Index{0}]() mutable {
+    return [this, be, closed_too, with_side] {
       const lm::Arena<> arena{scratch_};
-      ops(next, closed_too, with_side, [&](const auto& op) { lm::execute(be, op, arena); });
-      next = next + 1 == copies() ? 0 : next + 1;
+      const auto copy = static_cast<Index>(place_.next(static_cast<std::size_t>(copies())));
+      ops(copy, closed_too, with_side, [&](const auto& op) { lm::execute(be, op, arena); });
     };
   }
   // One forward, so that a backward has its U.
@@ -100,7 +101,7 @@ class Product {
     const double flop = 2.0 * static_cast<double>(a.T) * products;
     std::vector<lm::bench::PassCost> all;
     if (a.forward()) {
-      all.push_back({flop, {}});
+      all.push_back({flop, {}, place_});
       for (Index i = 0; i < copies(); ++i) {
         all.back().traffic.push_back(
             {{used(span_of(A(i))), used(span_of(B(i))), span_of(x_.view()), span_of(side_.view())},
@@ -164,6 +165,7 @@ class Product {
   lm::Matrix<float, lm::Space::host, rank_major> dB_;
   lm::Matrix<float> dside_, u_, du_, h_, dh_;
   lm::Buffer<std::byte> scratch_;
+  lm::bench::RingPlace place_;  // in As_ and Bs_
 };
 
 // Registers the row for each number of threads and each of the passes.

@@ -58,11 +58,10 @@ struct Axes {
 // The row's passes; a backward alone is that of a forward that ran before.
 template <class B, class T>
 std::function<void()> calls(const Axes& axes, const Backend& be, std::shared_ptr<B> baseline,
-                            std::vector<Operands<T>> ring) {
+                            std::vector<Operands<T>> ring, lm::bench::RingPlace place = {}) {
   if (!axes.forward()) baseline->forward(be, ring[0]);
-  return [=, next = std::size_t{0}]() mutable {
-    const Operands<T>& o = ring[next];
-    next = (next + 1) % ring.size();
+  return [=] {
+    const Operands<T>& o = ring[place.next(ring.size())];
     if (axes.forward()) baseline->forward(be, o);
     if (axes.backward()) baseline->backward(be, o);
   };

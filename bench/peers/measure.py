@@ -5,6 +5,7 @@
 """
 import argparse
 import json
+import statistics
 import sys
 import traceback
 
@@ -50,7 +51,7 @@ def rows(library, case, p, threads, train, wanted, count, hold):
         problem.check(f"{case.name}, {name}", got, expected, p.tolerance)
     del expected, got
     seconds = rounds.interleave(dict(steps), count, hold)
-    milliseconds = {name: 1e3 * min(s for s in seconds[name] if s is not None) for name, _ in steps}
+    milliseconds = {name: 1e3 * statistics.median(s for s in seconds[name] if s is not None) for name, _ in steps}
     best = {}
     for name, _ in steps[1:]:
         measured = rounds.ratio(seconds[name], seconds["ours"])

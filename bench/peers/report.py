@@ -136,7 +136,7 @@ def plot(rows):
     height = TOP + LINE * len(keys) + 10
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{LEFT + WIDTH + 30}" height="{height}" font-family="sans-serif" '
              'font-size="10">', '<rect width="100%" height="100%" fill="white"/>',
-             f'<text x="{LEFT}" y="14">peer time / ours (right of 1: ours is faster); filled: default allocator, hollow: warm</text>',
+             f'<text x="{LEFT}" y="14">peer time / ours (right of 1: ours is faster; 64: or more); filled: default allocator, hollow: warm</text>',
              f'<text x="{LEFT}" y="30">']
     parts += [f'<tspan fill="{COLOURS[p]}" dx="6">{escape(p)}</tspan>' for p in PEERS if any(r["peer"] == p for r in shown)]
     parts.append("</text>")

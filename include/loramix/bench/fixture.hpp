@@ -197,8 +197,7 @@ class Case {
   template <class Backend>
   void run_on(const Backend& be) {
     const auto call = [this, be](Arena<>* save) {
-      const Adapter& current = adapters_[next_];
-      next_ = next_ + 1 == adapters_.size() ? 0 : next_ + 1;
+      const Adapter& current = adapters_[place_.next(adapters_.size())];
       auto told = options();
       if (current.dropout() > 0) told.key = {.seed = options_.seed, .step = step_++};
       told.save = save;
@@ -239,7 +238,7 @@ class Case {
     };
     std::vector<PassCost> all;
     if (forward) {
-      all.push_back({cost.forward_flop, {}});
+      all.push_back({cost.forward_flop, {}, place_});
       for (Adapter& a : adapters_) all.back().traffic.push_back({read(a), {span_of(y_.view())}});
     }
     if (backward) {
@@ -259,7 +258,7 @@ class Case {
   Matrix<Activation> x_, dx_, y_, dy_;
   Buffer<std::byte> work_, reserve_;
   bool saved_ = false;
-  std::size_t next_ = 0;
+  RingPlace place_;  // in adapters_
   std::uint64_t step_ = 0;
   std::int64_t forwards_ = 0, backwards_ = 0;
   std::function<void()> forward_, backward_;

@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <cstring>
 #include <iterator>
+#include <memory>
 
 #include <loramix/bench/rounds.hpp>
 #include <loramix/core/views.hpp>
@@ -124,32 +125,33 @@ const FmaKernel<T>& fastest_fma() {
   return best;
 }
 
-using Word = Packet<std::uint64_t, 64>::type;
+using Word = Packet<std::uint64_t, 32>::type;  // wider ones are taken apart where registers are not that wide
 
-inline std::uint64_t read_bytes(const std::byte* p, Index bytes) {
+/// p ^= mask for the updated bytes, which is 0, what the compiler does not know; the others are read. Side by side, 128 of
+/// each at a time, as far as there are both: loads and stores of two streams overlap.
+inline std::uint64_t move_bytes(const std::byte* read, Index reads, std::byte* updated, Index updates,
+                                std::uint64_t mask) {
+  constexpr Index step = 4 * sizeof(Word);
   Word sum[4] = {};
-  Index i = 0;
-  for (; i + 256 <= bytes; i += 256) {
-    const Word* const w = reinterpret_cast<const Word*>(p + i);
-    sum[0] ^= w[0], sum[1] ^= w[1], sum[2] ^= w[2], sum[3] ^= w[3];
-  }
-  for (; i + 64 <= bytes; i += 64) sum[0] ^= *reinterpret_cast<const Word*>(p + i);
-  std::uint64_t total = 0;
-  for (; i < bytes; ++i) total += static_cast<std::uint64_t>(p[i]);
-  sum[0] ^= sum[1] ^ sum[2] ^ sum[3];
-  for (int k = 0; k < 8; ++k) total ^= sum[0][k];
-  return total;
-}
-/// p ^= mask; the mask is 0, which the compiler does not know.
-inline void update_bytes(std::byte* p, Index bytes, std::uint64_t mask) {
   const Word m = Word{} ^ mask;
-  Index i = 0;
-  for (; i + 256 <= bytes; i += 256) {
-    Word* const w = reinterpret_cast<Word*>(p + i);
+  const auto read_step = [&](Index i) {
+    const Word* const w = reinterpret_cast<const Word*>(read + i);
+    sum[0] ^= w[0], sum[1] ^= w[1], sum[2] ^= w[2], sum[3] ^= w[3];
+  };
+  const auto update_step = [&](Index i) {
+    Word* const w = reinterpret_cast<Word*>(updated + i);
     w[0] ^= m, w[1] ^= m, w[2] ^= m, w[3] ^= m;
-  }
-  for (; i + 64 <= bytes; i += 64) *reinterpret_cast<Word*>(p + i) ^= m;
-  for (; i < bytes; ++i) p[i] ^= static_cast<std::byte>(mask & 255u);
+  };
+  Index r = 0, u = 0;
+  for (; r + step <= reads && r + step <= updates; r += step) read_step(r), update_step(r);
+  for (u = r; u + step <= updates; u += step) update_step(u);
+  for (; r + step <= reads; r += step) read_step(r);
+  std::uint64_t total = 0;
+  for (; r < reads; ++r) total += static_cast<std::uint64_t>(read[r]);
+  for (; u < updates; ++u) updated[u] ^= static_cast<std::byte>(mask & 255u);
+  sum[0] ^= sum[1] ^ sum[2] ^ sum[3];
+  for (int k = 0; k < 4; ++k) total ^= sum[0][k];
+  return total;
 }
 
 }  // namespace detail
@@ -182,28 +184,34 @@ class FmaProbe {
   std::function<void()> call_;
 };
 
+/// Where a ring of copies stands. All who go round it share one place: nobody finds warm what another has just read.
+class RingPlace {
+ public:
+  std::size_t next(std::size_t size) const { return (*calls_)++ % size; }
+
+ private:
+  std::shared_ptr<std::size_t> calls_ = std::make_shared<std::size_t>(0);
+};
+
 /// Moves a pass's operands, and does nothing else.
 class MemoryTwin {
  public:
   template <class Backend>
-  MemoryTwin(const Backend& be, std::vector<Traffic> ring)
-      : run_([be](Index n, const std::function<void(Index)>& f) { be.run(n, [&f](Index job, Index) { f(job); }); }) {
+  MemoryTwin(const Backend& be, std::vector<Traffic> ring, RingPlace place = {})
+      : place_(std::move(place)),
+        run_([be](Index n, const std::function<void(Index)>& f) { be.run(n, [&f](Index job, Index) { f(job); }); }) {
     for (const Traffic& traffic : ring) plans_.push_back(plan_of(traffic, be.lanes()));
   }
 
   void operator()() {
-    const Plan& plan = plans_[next_];
-    next_ = next_ + 1 == plans_.size() ? 0 : next_ + 1;
+    const Plan& plan = plans_[place_.next(plans_.size())];
     run_(plan.jobs, [&plan](Index job) {
       const Index count = static_cast<Index>(plan.pieces.size());
       std::uint64_t sum = 0;
       const std::uint64_t zero = detail::Opaque<std::uint64_t>::zero;
       for (Index i = job * count / plan.jobs; i < (job + 1) * count / plan.jobs; ++i) {
-        const Piece& piece = plan.pieces[static_cast<std::size_t>(i)];
-        if (piece.updated)
-          detail::update_bytes(piece.span.data, piece.span.bytes, zero);
-        else
-          sum ^= detail::read_bytes(piece.span.data, piece.span.bytes);
+        const Piece& p = plan.pieces[static_cast<std::size_t>(i)];
+        sum ^= detail::move_bytes(p.read.data, p.read.bytes, p.updated.data, p.updated.bytes, zero);
       }
       detail::Opaque<std::uint64_t>::sink.store(sum, std::memory_order_relaxed);
     });
@@ -211,15 +219,14 @@ class MemoryTwin {
 
  private:
   struct Piece {
-    Span span;
-    bool updated;
+    Span read, updated;
   };
   struct Plan {
     std::vector<Piece> pieces;
     Index jobs = 1;
   };
 
-  /// Small pieces of what is read and of what is updated, in turn, so that loads and stores overlap as in the fastest
+  /// Small pieces of what is read beside pieces of what is updated, so that loads and stores overlap as in the fastest
   /// kernel; consecutive ones make a job: few jobs on one lane, enough to balance several.
   static Plan plan_of(const Traffic& traffic, Index lanes) {
     Index read = 0, updated = 0;
@@ -229,8 +236,10 @@ class MemoryTwin {
     Plan plan;
     Cursor reads{&traffic.read}, updates{&traffic.updated};
     for (Index i = 1; i <= slices; ++i) {
-      reads.take(share(read, i, slices), false, plan.pieces);
-      updates.take(share(updated, i, slices), true, plan.pieces);
+      const Index read_until = share(read, i, slices), updated_until = share(updated, i, slices);
+      while (reads.done < read_until || updates.done < updated_until) {
+        plan.pieces.push_back({reads.take(read_until), updates.take(updated_until)});
+      }
     }
     plan.jobs = lanes == 1 ? 1 : std::clamp(slices / 4, lanes, std::max(8 * lanes, slices / 64));
     return plan;
@@ -247,26 +256,27 @@ class MemoryTwin {
     const std::vector<Span>* spans;
     std::size_t span = 0;
     Index at = 0, done = 0;
-    void take(Index until, bool is_updated, std::vector<Piece>& pieces) {
-      while (done < until) {
-        const Span& s = (*spans)[span];
-        const Index n = std::min(until - done, s.bytes - at);
-        if (n > 0) pieces.push_back({{s.data + at, n}, is_updated});
-        at += n, done += n;
-        if (at == s.bytes) ++span, at = 0;
-      }
+    /// What lies together of the bytes up to `until`; none where they are done.
+    Span take(Index until) {
+      while (done < until && at == (*spans)[span].bytes) ++span, at = 0;
+      if (done >= until) return {};
+      const Span& s = (*spans)[span];
+      const Span taken{s.data + at, std::min(until - done, s.bytes - at)};
+      at += taken.bytes, done += taken.bytes;
+      return taken;
     }
   };
 
+  RingPlace place_;
   std::function<void(Index, const std::function<void(Index)>&)> run_;
   std::vector<Plan> plans_;
-  std::size_t next_ = 0;
 };
 
 /// One pass: what it computes and what it moves.
 struct PassCost {
   double flop = 0;
   std::vector<Traffic> traffic;  // the ring
+  RingPlace place{};
 };
 
 /// The floor of a sequence of passes.
@@ -275,7 +285,7 @@ class Floor {
   template <class T, class Backend>
   static Floor of(const Backend& be, const std::vector<PassCost>& passes) {
     Floor floor{FmaProbe::of<T>(be)};
-    for (const PassCost& pass : passes) floor.passes_.push_back({pass.flop, MemoryTwin(be, pass.traffic)});
+    for (const PassCost& pass : passes) floor.passes_.push_back({pass.flop, MemoryTwin(be, pass.traffic, pass.place)});
     return floor;
   }
 
