@@ -51,10 +51,10 @@ void row_squares(const Backend& be, const RowSquares<W, Acc, S>& op) {
 }
 
 namespace detail {
-/// n², or 0 where that is no more than what rounding leaves of terms that cancel: ‖w‖² and ‖s BA‖², of r ranks, summed in Acc.
-template <class Acc, class Sum>
-LORAMIX_HD constexpr Sum without_rounding(Sum n2, Sum squares, Sum change, Index ranks) {
-  constexpr double rounding = rounding_of<Acc>();
+/// n², or 0 where that is no more than what rounding (an operation's, relative) leaves of terms that cancel: ‖w‖² and ‖s BA‖²,
+/// of so many ranks.
+template <class Sum>
+LORAMIX_HD constexpr Sum without_rounding(Sum n2, Sum squares, Sum change, Index ranks, double rounding) {
   const Sum noise = Sum(rounding * static_cast<double>(ranks + 2));
   return n2 < noise * noise * (squares + change) ? Sum(0) : n2;  // not where both are infinite
 }
@@ -64,6 +64,7 @@ LORAMIX_HD constexpr Sum without_rounding(Sum n2, Sum squares, Sum change, Index
 template <class Base, class W, class Acc, Space S>
 struct DoraNorms {
   static constexpr const char* name = "dora_norms";
+  static constexpr double rounding = detail::rounding_of<Acc>();
   MatrixView<const Base, S> weights;        // [d_out, d_in]
   VectorView<const Acc, S> squares;         // [d_out]
   MatrixView<const W, S> A;                 // [r, d_in]
@@ -111,7 +112,7 @@ struct DoraNorms {
         const Acc w = widen<Acc>(weights(i, c)) + scale * change;
         return w * w;
       });
-      n2 = detail::without_rounding<Acc>(n2, squares[i], last, A.rows);
+      n2 = detail::without_rounding(n2, squares[i], last, A.rows, rounding);
     }
     using std::sqrt;
     team.once([&] { norms[i] = sqrt(n2); });
