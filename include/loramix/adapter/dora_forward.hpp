@@ -400,6 +400,7 @@ void backward(const Backend& be, const A& adapter, const DoraBase<A>& base, Dora
 template <class Backend, DoraAdapter A, class T>
   requires(A::space == Space::host)
 Merged<T> merge(const Backend& be, const A& adapter, MatrixView<T> weights) {
+  using Acc = typename A::precision::accumulation;
   const char* const op = "merge";
   check::shape(op, "weights", weights, "d_out of the adapter", adapter.config().d_out, "d_in of the adapter",
                adapter.config().d_in);
@@ -424,8 +425,8 @@ Merged<T> merge(const Backend& be, const A& adapter, MatrixView<T> weights) {
       row[c] += change;
       squares += row[c] * row[c];
     }
-    const double n = std::sqrt(
-        detail::without_rounding<typename A::precision::accumulation>(squares, of_base, of_change, adapter.A().rows));
+    const double n =
+        std::sqrt(detail::without_rounding(squares, of_base, of_change, adapter.A().rows, detail::rounding_of<Acc>()));
     const double ratio = n == 0 ? 0 : widen<double>(adapter.magnitude()(0, o)) / n;
     for (Index c = 0; c < weights.cols; ++c) row[c] *= ratio;
   });
