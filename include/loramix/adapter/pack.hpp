@@ -1,15 +1,16 @@
 /// Weights prepared once for inference: an explicit value that the caller holds and shares between threads.
 ///
 /// Computes:    the adapter's parameters in the accumulation type, in the order the kernels read, and what inference would
-///              make of them in every call: B′ of a reparametrised adapter, m/n of DoRA. Forward on the pack gives the same
-///              bits as forward on the adapter, and is told the same options (bits: but for AMX's tiles).
+///              make of them in every call: B′ of a reparametrised adapter, m/n of DoRA. Forward on the pack is told the same
+///              options as forward on the adapter.
 /// Reads:       every parameter [rows, cols], once. The pack is a copy: later changes of the adapter do not reach it.
 /// Writes:      nothing of the caller's.
 /// Errors:      require_current() refuses a pack whose adapter has changed since (a checksum of all bytes, host); a forward
 ///              that is to save. IA3 and prompt tuning, which read each parameter once as it lies, do not compile.
 /// Cost:        parameter_count values of the accumulation type; saves the widening of 16-bit weights in every call. On the device
 ///              it is made on the backend's stream: who copies it, or reads it on another one, waits for that.
-/// Determinism: bitwise equal to the unpacked call (MATH.md section 6), but where that takes AMX's tiles (cpu/amx.hpp): a pack, of floats, takes packets.
+/// Determinism: bitwise equal to the unpacked call (MATH.md section 6), but where that takes AMX's tiles (cpu/amx.hpp): a pack,
+///              of floats, takes packets.
 /// Example:     examples/engine
 #pragma once
 #include <loramix/adapter/forward.hpp>

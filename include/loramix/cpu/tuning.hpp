@@ -41,7 +41,7 @@ struct Tuning {
   Index sweep = 1024;  // columns of x or y in one sweep over few tokens, or over those of an expert; of a piece of dY
   Index weights = 128 * 1024;  // values of a block of packed weights, which stays in L2 during its sweep
   Index tokens_per_sum =
-      96;  // tokens added to dA, dB before their sums leave the registers; a third of it where few ranks read x in place
+      96;  // tokens added to dA, dB before sums leave the registers; a third where x is read in place
   Index serial_bytes = 1 << 17;  // T ≤ 4: weights below which other threads are not worth waking
 };
 

@@ -12,8 +12,8 @@ namespace loramix {
 inline namespace LORAMIX_ABI {
 namespace gpu {
 
-/// Fails unless `status`, which `call` (`of` a kernel) returned, is success. CUDA's own memory of it is cleared: the engine would read it as that of
-/// a call of its own.
+/// Fails unless `status`, which `call` (`of` a kernel) returned, is success. CUDA's own memory of it is cleared: the engine would
+/// read it as that of a call of its own.
 inline void check_cuda(const char* call, cudaError_t status, const char* of = "") {
   if (status == cudaSuccess) return;
   cudaGetLastError();

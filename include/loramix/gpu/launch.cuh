@@ -21,9 +21,9 @@ template <class Kernel>
 void allow_shared(Kernel* kernel, Index bytes) {
   cudaFuncAttributes of_kernel;
   check_cuda("cudaFuncGetAttributes", cudaFuncGetAttributes(&of_kernel, kernel));
+  // 48 KiB is what was not asked for yet; whether a kernel's own variables count in it, CUDA does not say.
   const Index may = of_kernel.maxDynamicSharedSizeBytes;
-  if (may >= bytes && may > Index{48} << 10)
-    return;  // 48 KiB: not asked yet, a kernel's own variables may count in it or not
+  if (may >= bytes && may > Index{48} << 10) return;
   int device = 0;
   check_cuda("cudaGetDevice", cudaGetDevice(&device));
   const Index most = machine_of(device).shared_bytes - static_cast<Index>(of_kernel.sharedSizeBytes);
@@ -35,8 +35,8 @@ template <class... Parameters, class... Arguments>
 void launch(const Backend& be, const char* name, void (*kernel)(Parameters...), dim3 grid, int threads, Index shared,
             const Arguments&... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  if (shared > (Index{40} << 10))
-    allow_shared(kernel, shared);  // 48 KiB, with a kernel's own variables, needs no asking
+  // 48 KiB, with a kernel's own variables, needs no asking.
+  if (shared > (Index{40} << 10)) allow_shared(kernel, shared);
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(static_cast<unsigned>(threads));

@@ -12,7 +12,7 @@
 /// Writes:      λ of pruned ranks; on the host also each layer's active_rank; the loss [1].
 /// Adds to:     gradients of A and B, weight times the loss's; the value is without its weight.
 /// Errors:      n_i + n_f > N, an interval below 1, budgets below 0 or b_T > b_0, layers that are not those it was made
-///              for, gradients that are not of their size: before any write.
+///              for, gradients that are not theirs: before any write.
 /// Cost:        a few flop per parameter and step; prune (Σr)² comparisons; the loss 4·r²·(d_in + d_out) flop and r² +
 ///              1 values of workspace. The constructor allocates, nothing else does; nothing waits for the device.
 /// Determinism: sums in a fixed order; the same ranks whatever the threads.
